@@ -1,0 +1,39 @@
+"""Rank-aware logging: every rank's warnings and errors, the first rank's news.
+
+Ranks come from torchrun's RANK, so that a logger works before torch.distributed does.
+"""
+
+import logging
+import os
+import sys
+
+ROOT = "qwen3_vlm"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Return the logger of a module.
+
+    Lines go to stderr as `12:34:56 INFO rank 0 qwen3_vlm.train: ...`; ranks other than 0 show warnings and above only.
+
+    Args:
+        name: the module's `__name__`.
+    """
+    root = logging.getLogger(ROOT)
+    if not root.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        form = f"%(asctime)s %(levelname)s rank {_rank()} %(name)s: %(message)s"
+        handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
+        root.addHandler(handler)
+        root.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
+        root.propagate = False  # Hydra gives the root logger a handler of its own: lines would come twice
+    return logging.getLogger(name)
+
+
+def log_rank0(logger: logging.Logger, message: str, level: int = logging.INFO) -> None:
+    """Log once for the whole job, whatever the level: for warnings that all ranks would repeat."""
+    if _rank() == 0:
+        logger.log(level, message)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

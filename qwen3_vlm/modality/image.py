@@ -1,0 +1,90 @@
+"""Image: bytes of an image file -> uint8 pixels [3, size, size] for a SigLIP tower.
+
+Flow: open under a pixel limit -> first frame -> EXIF orientation -> RGB -> resize to the tower's square. Pixels stay
+uint8; the model normalises them on its device as (x / 255 - mean) / std.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from qwen3_vlm.config.schema import Resample
+from qwen3_vlm.errors import BadSample
+from qwen3_vlm.modality.base import Modality, PlaceholderTokens
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded, in pixels: Pillow's own warning limit (256 MiB as RGB)."""
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Codecs that are tried. Pillow knows more, and one of them (EPS) starts an external program on the file's content."""
+
+_PIL_RESAMPLE = {Resample.bicubic: Image.Resampling.BICUBIC, Resample.bilinear: Image.Resampling.BILINEAR}
+
+
+class ImageModality(Modality):
+    """Still images for a fixed-resolution tower (config.encoder is a `SiglipEncoderConfig`)."""
+
+    name = "image"
+    sentinel = "<image>"
+    placeholder = PlaceholderTokens(start="<|vision_start|>", pad="<|image_pad|>", end="<|vision_end|>")
+
+    @property
+    def media_shape(self) -> tuple[int, ...]:
+        """(3, size, size): channel, row, column."""
+        size = self.config.encoder.image_size
+        return (3, size, size)
+
+    @property
+    def media_dtype(self) -> torch.dtype:
+        """uint8: a quarter of the bytes of float32 on the way to the device."""
+        return torch.uint8
+
+    def preprocess(self, raw: bytes) -> torch.Tensor:
+        """Decode and resize one image file.
+
+        The pixels equal those of transformers' `load_image` followed by the resize of `SiglipImageProcessorPil` (5.23).
+
+        Args:
+            raw: content of a file in one of `FORMATS`.
+
+        Returns:
+            [3, size, size] uint8, RGB.
+
+        Raises:
+            BadSample: corrupt_image (unknown format, truncated, broken) or image_too_large (over MAX_PIXELS).
+        """
+        size = self.config.encoder.image_size
+        resized = decode_rgb(raw).resize((size, size), _PIL_RESAMPLE[self.config.encoder.resample])
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+
+def decode_rgb(raw: bytes) -> Image.Image:
+    """Decode the first frame of an image file to upright RGB at its own size.
+
+    The same as transformers' `load_image`, which feeds the exported processor: alpha is dropped, not composited, since
+    there it is gone before our code could see it. One difference: 16-bit grey is scaled to 8 bits, where Pillow's
+    conversion saturates (everything above 255 turns white).
+
+    Raises:
+        BadSample: corrupt_image or image_too_large.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns where we refuse; its other warnings (odd EXIF, odd palettes) are about files we can use.
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(raw), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise BadSample("image_too_large", f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGB")
+    except (BadSample, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("image_too_large", str(error)) from error
+    except Exception as error:  # codecs raise OSError, SyntaxError, struct.error, IndexError, ... on hostile bytes
+        raise BadSample("corrupt_image", f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,62 @@
+"""Derived numbers of a run, computed once and printed with their arithmetic before it starts."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qwen3_vlm.config.schema import RunConfig
+from qwen3_vlm.parallel.topology import Topology
+
+CHARACTERS_PER_TOKEN = 4.0
+"""English text with Qwen3's tokenizer, roughly; only the estimate of steps depends on it."""
+CHAT_TOKENS_PER_SAMPLE = 10
+"""<|im_start|>, role, newline, <|im_end|>, newline of a question and its answer."""
+
+
+def total_samples(config: RunConfig, samples: int) -> int:
+    """Samples of the whole run, rounded up: train.epochs passes over `samples`."""
+    return math.ceil(config.train.epochs * samples)
+
+
+def tokens_per_sample(config: RunConfig, report: Mapping[str, Any]) -> float:
+    """Estimate from the preparation's report: its text, two marks and N tokens for each item, and the chat's own tokens."""
+    items = sum(m.resampler.num_tokens + 2 for m in config.modality.values()) * report["images"] / max(report["kept"], 1)
+    text = report["train_characters"] / max(report["train"], 1) / CHARACTERS_PER_TOKEN
+    return items + text + CHAT_TOKENS_PER_SAMPLE
+
+
+def estimate_steps(config: RunConfig, samples: int, report: Mapping[str, Any] | None) -> int | None:
+    """Steps that the run is expected to take; None if the data's lengths are unknown (a metadataset without report)."""
+    rows = float(total_samples(config, samples))
+    if config.data.pack:
+        if report is None:
+            return None
+        rows *= tokens_per_sample(config, report) / config.train.seq_length
+    return max(1, math.ceil(rows / config.train.global_batch_size))
+
+
+def describe_run(
+    config: RunConfig, topology: Topology, *, samples: int, report: Mapping[str, Any] | None
+) -> list[str]:
+    """Lines for the log.
+
+    Args:
+        config: the run.
+        topology: where it runs.
+        samples: of one pass over the training split.
+        report: of the data's preparation, if there is one.
+    """
+    t, p = config.train, config.parallel
+    accumulation = t.global_batch_size // (t.micro_batch_size * topology.dp_size)
+    if t.max_steps is not None:
+        length = f"{t.max_steps:,} steps (train.max_steps)"
+    else:
+        steps = estimate_steps(config, samples, report)
+        expected = "unknown" if steps is None else f"{steps:,}"
+        length = f"{t.epochs:g} epochs = {total_samples(config, samples):,} samples; estimated steps: {expected}"
+    return [
+        f"world {topology.world_size} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {topology.dp_size}",
+        f"global batch {t.global_batch_size} rows = micro batch {t.micro_batch_size} x {accumulation} micro batches x dp "
+        f"{topology.dp_size}; {t.global_batch_size} x {t.seq_length} = {t.global_batch_size * t.seq_length:,} tokens a step",
+        f"{samples:,} training samples; {length}",
+    ]

@@ -1,0 +1,94 @@
+"""Small random Hugging Face folders for tests: a Qwen3, a SigLIP tower and a tokenizer with Qwen3's special tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+)
+PLAIN_ADDED_TOKENS = ("<think>", "</think>")
+
+
+def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE without merges (256 bytes) with the special tokens behind it."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN_ADDED_TOKENS])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def randomize(model: torch.nn.Module, seed: int, std: float = 0.1) -> None:
+    """Fill every parameter with seeded noise, norms around 1, so that no tensor is left at a value that hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator) * std
+            p.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
+
+
+def write_llm(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: Any) -> Qwen3ForCausalLM:
+    """A random Qwen3 with its tokenizer; `sizes` are Qwen3Config's."""
+    defaults = {
+        "vocab_size": 272,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": False,
+    }
+    config = Qwen3Config(**(defaults | sizes))
+    model = Qwen3ForCausalLM(config)
+    randomize(model, seed)
+    model.tie_weights()
+    model.to(dtype).save_pretrained(folder, safe_serialization=True)
+    write_tokenizer(folder)
+    return model.float().eval()
+
+
+def write_tower(folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **sizes: Any) -> SiglipVisionModel:
+    """A random SigLIP vision model with its image processor; `sizes` are SiglipVisionConfig's."""
+    defaults = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "image_size": 36,
+        "patch_size": 8,
+    }
+    config = SiglipVisionConfig(**(defaults | sizes))
+    model = SiglipVisionModel(config)
+    randomize(model, seed)
+    model.to(dtype).save_pretrained(folder, safe_serialization=True)
+    processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": config.image_size, "width": config.image_size},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model.float().eval()

@@ -1,0 +1,175 @@
+"""Preparation: planted errors and known counts, stable split, unfinished folders, and the command line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_vlm.data.loader import RowLoader, read_report, train_samples
+from qwen3_vlm.data.prepare import find_source, iter_rows, prepare_llava
+from qwen3_vlm.errors import DataError
+from tests.unit.data.cases import jpeg, read_pass
+
+ROOT = Path(__file__).parents[3]
+
+
+def llava(
+    key: object, image: object = "a.jpg", human: str = "<image>\nDescribe.", gpt: str = "A cat."
+) -> dict[str, Any]:
+    turns = [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    return {"id": key, "image": image, "conversations": turns} if image else {"id": key, "conversations": turns}
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "sub/b.jpg"):
+        (folder / name).write_bytes(jpeg(9))
+    (tmp_path / "outside.jpg").write_bytes(jpeg(1))
+    (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    return folder
+
+
+def planted() -> tuple[list[Any], dict[str, int]]:
+    good = [llava("1"), llava("2", ["a.jpg", "sub/b.jpg"], "<image> and <image>?"), llava(3, None, "Hi"), llava("1")]
+    bad = [
+        llava("p1", None, "<image>"),
+        llava("p2", ["a.jpg", "a.jpg"]),
+        llava("m", "gone.jpg"),
+        llava("o1", "../outside.jpg"),
+        llava("o2", "/etc/passwd"),
+        llava("o3", "link.jpg"),
+        {"id": "e", "conversations": []},
+        {"id": "f"},
+        llava("g", {"path": "a.jpg"}),
+        {"id": "h", "conversations": [{"from": "cat", "value": "miau"}]},
+        "text",
+        None,
+    ]
+    dropped = {"bad_row": 5, "empty_conversation": 1, "missing_file": 1, "outside_root": 3, "placeholder_mismatch": 2}
+    return good + bad, dropped
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_counts_and_rows(tmp_path: Path, images: Path, make_loader: Callable[..., RowLoader], form: str):
+    rows, dropped = planted()
+    source = tmp_path / f"source.{form}"
+    lines = [json.dumps(row) for row in rows]
+    source.write_text("[" + ",\n ".join(lines) + "]" if form == "json" else "\n".join([*lines[:-1], "{broken", ""]))
+    out = tmp_path / "out"
+    report = prepare_llava(source, images, out)
+    assert report.dropped == dropped and report.rows == len(rows) == report.kept + sum(dropped.values())
+    assert (report.kept, report.images, report.train, report.val) == (4, 4, 4, 0)
+    assert report.train_images == 4 and report.train_characters == len("\nDescribe.A cat.") * 2 + len(
+        " and ?A cat.HiA cat."
+    )
+    assert read_report(str(out)) == json.loads((out / "report.json").read_text())
+    assert train_samples(str(out)) == 4
+    written = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in written] == ["1", "2", "3", "1#2"]
+    assert written[1]["media"] == {"image": ["a.jpg", "sub/b.jpg"]} and written[2]["media"] == {"image": []}
+    assert written[0]["messages"] == [
+        {"role": "user", "content": "<image>\nDescribe."},
+        {"role": "assistant", "content": "A cat."},
+    ]
+    streamed = read_pass(make_loader(out))
+    assert sorted(key for row in streamed for key in row.keys) == ["1", "1#2", "2", "3"]
+    assert not any(row.skipped for row in streamed)
+
+
+def test_validation_split_is_stable_by_key(tmp_path: Path, images: Path, make_loader: Callable[..., RowLoader]):
+    def split(rows: list[Any], name: str) -> tuple[list[str], list[str]]:
+        source, out = tmp_path / f"{name}.json", tmp_path / name
+        source.write_text(json.dumps(rows))
+        prepare_llava(source, images, out, val_fraction=0.25)
+        lines = [(out / f"{part}.jsonl").read_text().splitlines() for part in ("train", "val")]
+        return tuple([json.loads(line)["id"] for line in part] for part in lines)
+
+    rows = [llava(f"k{i}") for i in range(200)]
+    train, val = split(rows, "all")
+    assert 30 < len(val) < 70 and len(train) + len(val) == 200
+    fewer_train, fewer_val = split(rows[::-2], "fewer")
+    assert set(fewer_train) <= set(train) and set(fewer_val) <= set(val)
+    validation = read_pass(make_loader(tmp_path / "all", split="val"))
+    assert sorted(key for row in validation for key in row.keys) == sorted(val)
+
+
+def test_repeated_preparation_replaces_and_is_deterministic(tmp_path: Path, images: Path):
+    source, out = tmp_path / "s.json", tmp_path / "out"
+    source.write_text(json.dumps([llava(f"k{i}") for i in range(20)]))
+    prepare_llava(source, images, out, val_fraction=0.5)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    prepare_llava(source, images, out, val_fraction=0.5)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    assert not any(name.endswith(".partial") for name in first)
+    prepare_llava(source, images, out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "dataset.yaml",
+        "report.json",
+        "train.jsonl",
+        "train.jsonl.idx",
+    ]
+
+
+def test_killed_preparation_does_not_look_complete(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
+    source, out = tmp_path / "s.json", tmp_path / "out"
+    source.write_text(json.dumps([llava("1")]))
+    prepare_llava(source, images, out)
+    monkeypatch.setattr("qwen3_vlm.data.prepare._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare_llava(source, images, out)
+    with pytest.raises(DataError, match=r"did not finish"):
+        train_samples(str(out))
+
+
+def test_unusable_sources(tmp_path: Path, images: Path):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"does not exist"):
+        prepare_llava(tmp_path / "none.json", images, out)
+    with pytest.raises(DataError, match=r"media folder .* does not exist"):
+        prepare_llava(tmp_path, tmp_path / "none", out)
+    source = tmp_path / "s.json"
+    source.write_text(json.dumps([llava("1", "gone.jpg")]))
+    with pytest.raises(DataError, match=r"of 1 rows none is left for training \(dropped: {'missing_file': 1}\)"):
+        prepare_llava(source, images, out)
+    with pytest.raises(DataError, match=r"val_fraction is 1"):
+        prepare_llava(source, images, out, val_fraction=1)
+    (tmp_path / "t.json").write_text("[]")
+    with pytest.raises(DataError, match=r"found s.json, t.json; name the file itself"):
+        find_source(tmp_path)
+    (tmp_path / "blip_laion_cc_sbu_558k.json").write_text("[]")
+    assert find_source(tmp_path).name == "blip_laion_cc_sbu_558k.json"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1", "[1,", "[1 2]", "[nul]", "[1"])
+def test_broken_json_lists(tmp_path: Path, text: str):
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(DataError, match=r"s.json is not a JSON list"):
+        list(iter_rows(tmp_path / "s.json"))
+
+
+@pytest.mark.parametrize("rows", [[], [1], [{"a": [1, "]"]}, None, "x,y"]])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_lists(tmp_path: Path, rows: list, indent: int | None):
+    (tmp_path / "s.json").write_text("\n " + json.dumps(rows, indent=indent) + "\n")
+    assert list(iter_rows(tmp_path / "s.json")) == rows
+
+
+def test_command_line(tmp_path: Path, images: Path):
+    source, out = tmp_path / "s.json", tmp_path / "out"
+    source.write_text(json.dumps(planted()[0]))
+    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "llava-pretrain", "--source", str(source)]
+    command += ["--images", str(images), "--out"]
+    done = subprocess.run([*command, str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((out / "report.json").read_text())
+    failed = subprocess.run([*command, str(out), "--val-fraction", "2"], capture_output=True, text=True)
+    assert (
+        failed.returncode == 1
+        and failed.stderr.strip() == "prepare_data: val_fraction is 2.0, expected 0 <= val_fraction < 1"
+    )
