@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from qwen3_vlm.errors import Qwen3VLMError
+from qwen3_vlm.logging import quiet_libraries
 
 
 def run(command: Callable[..., Any] | typer.Typer) -> None:
@@ -15,6 +16,7 @@ def run(command: Callable[..., Any] | typer.Typer) -> None:
     Raises:
         SystemExit: always; 0 if the command succeeded, 1 for an expected error, 2 for wrong usage.
     """
+    quiet_libraries()
     app = command if isinstance(command, typer.Typer) else _single(command)
     try:
         app()

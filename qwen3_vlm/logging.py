@@ -6,6 +6,7 @@ Ranks come from torchrun's RANK, so that a logger works before torch.distributed
 import logging
 import os
 import sys
+import warnings
 
 ROOT = "qwen3_vlm"
 
@@ -27,6 +28,16 @@ def get_logger(name: str) -> logging.Logger:
         root.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
         root.propagate = False  # Hydra gives the root logger a handler of its own: lines would come twice
     return logging.getLogger(name)
+
+
+def quiet_libraries() -> None:
+    """Hide what megatron-core and torch's checkpoints say at every start: which fast kernels are missing (the backend says it
+    once, with what serves instead) and which of their own calls are deprecated. Call before they are imported.
+    """
+    for module in (r"megatron\.", r"torch\.distributed\.checkpoint"):
+        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    logging.getLogger("megatron").setLevel(logging.WARNING)
 
 
 def log_rank0(logger: logging.Logger, message: str, level: int = logging.INFO) -> None:

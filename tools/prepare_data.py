@@ -1,36 +1,38 @@
 """Prepare public data sets for training: check the rows, split off validation, write what the loader streams.
 
-python tools/prepare_data.py llava-pretrain --source blip_laion_cc_sbu_558k.json --images images/ --out data/llava
+    python tools/prepare_data.py llava-pretrain --source blip_laion_cc_sbu_558k.json --images images/ --out data/llava
 """
 
-import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
-from qwen3_vlm.data.prepare import prepare_llava
-from qwen3_vlm.errors import DataError
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 
-def main() -> int:
-    """Parse the command line, prepare, print the report; exit code 1 and a message if the data cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    datasets = parser.add_subparsers(dest="dataset", required=True)
-    llava = datasets.add_parser("llava-pretrain", help="LLaVA-form JSON: {id, image, conversations: [{from, value}]}")
-    llava.add_argument("--source", type=Path, required=True, help="JSON or JSONL file, or the folder that holds it")
-    llava.add_argument("--images", type=Path, required=True, help="folder that image names are relative to")
-    llava.add_argument("--out", type=Path, required=True, help="folder to write")
-    llava.add_argument("--val-fraction", type=float, default=0.0, help="share of rows for validation (default: 0)")
-    args = parser.parse_args()
-    try:
-        report = prepare_llava(args.source, args.images, args.out, val_fraction=args.val_fraction)
-    except DataError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(asdict(report), indent=2))
-    return 0
+@app.callback()
+def prepare_data() -> None:
+    """Prepare public data sets for training."""
+
+
+@app.command("llava-pretrain")
+def llava_pretrain(
+    source: Annotated[Path, typer.Option(help="JSON or JSONL file of LLaVA's form, or the folder that holds it.")],
+    images: Annotated[Path, typer.Option(help="Folder that image names are relative to.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    val_fraction: Annotated[float, typer.Option(help="Share of rows for validation, in [0, 1).")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read the first so many rows only.")] = None,
+) -> None:
+    """LLaVA-form JSON: {id, image, conversations: [{from, value}]}; nothing is copied. Prints OUT/report.json."""
+    from qwen3_vlm.data.prepare import prepare_llava
+
+    print(json.dumps(asdict(prepare_llava(source, images, out, val_fraction=val_fraction, limit=limit)), indent=2))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from qwen3_vlm.cli import run
+
+    run(app)

@@ -96,7 +96,7 @@ class ChatEncoder:
         """
         if not messages:
             raise BadSample("empty_conversation", "0 turns")
-        header = [_Special(self.tokenizer.im_start_id), _Text("assistant\n", False)]
+        header: list[_Text | _Special | _Item] = [_Special(self.tokenizer.im_start_id), _Text("assistant\n", False)]
         return self._encode(self._pieces(messages, num_items) + header)
 
     def _pieces(self, messages: Sequence[Message], num_items: Mapping[str, int]) -> list[_Text | _Special | _Item]:

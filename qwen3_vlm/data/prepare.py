@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ class Report:
     train_images: int = 0
 
 
-def prepare_llava(source: Path, images: Path, out: Path, *, val_fraction: float = 0.0) -> Report:
+def prepare_llava(
+    source: Path, images: Path, out: Path, *, val_fraction: float = 0.0, limit: int | None = None
+) -> Report:
     """Prepare LLaVA-form conversations.
 
     Args:
@@ -62,6 +65,7 @@ def prepare_llava(source: Path, images: Path, out: Path, *, val_fraction: float 
         out: folder to write; files of an earlier preparation are replaced, others are left alone.
         val_fraction: share of the rows, in [0, 1), that becomes the val split; a row's id alone decides, so that
             the split is stable when rows come or go.
+        limit: read the first so many rows only (stage 0 takes 200); None reads all.
 
     Returns:
         What OUT/report.json says.
@@ -82,7 +86,8 @@ def prepare_llava(source: Path, images: Path, out: Path, *, val_fraction: float 
     uses: Counter[str] = Counter()
     partial = {split: out / f"{split}.jsonl.partial" for split in ("train", "val")}
     with partial["train"].open("w") as train, partial["val"].open("w") as val:
-        for index, raw in enumerate(tqdm(iter_rows(file), desc=file.name, unit=" rows", disable=None)):
+        rows = islice(iter_rows(file), limit)
+        for index, raw in enumerate(tqdm(rows, desc=file.name, unit=" rows", disable=None)):
             report.rows += 1
             try:
                 row = convert_llava_row(raw, index, folder)
@@ -241,7 +246,10 @@ def _iter_json_list(file: Path) -> Iterator[Any]:
     decoder = json.JSONDecoder()
 
     def token_at(position: int) -> int:
-        return _NOT_SPACE.search(text, position).start()
+        match = _NOT_SPACE.search(text, position)
+        if match is None:
+            raise ValueError(f"it ends early, after {len(text)} characters")
+        return match.start()
 
     try:
         position = token_at(0)
@@ -260,5 +268,3 @@ def _iter_json_list(file: Path) -> Iterator[Any]:
                 )
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not a JSON list: {error}") from error
-    except (AttributeError, IndexError) as error:
-        raise DataError(f"{file} is not a JSON list: it ends early, after {len(text)} characters") from error

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from markupsafe import Markup
 
 from qwen3_vlm.config.schema import ModalityConfig
 
@@ -60,3 +61,7 @@ class Modality(ABC):
         Raises:
             BadSample: the bytes cannot be decoded or break a limit.
         """
+
+    @abstractmethod
+    def to_html(self, item: torch.Tensor) -> Markup:
+        """Show one prepared item [*media_shape] on a page."""

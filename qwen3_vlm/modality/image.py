@@ -4,12 +4,14 @@ Flow: open under a pixel limit -> first frame -> EXIF orientation -> RGB -> resi
 uint8; the model normalises them on its device as (x / 255 - mean) / std.
 """
 
+import base64
 import io
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from markupsafe import Markup
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qwen3_vlm.config.schema import Resample
 from qwen3_vlm.errors import BadSample
@@ -60,6 +62,15 @@ class ImageModality(Modality):
         resized = decode_rgb(raw).resize((size, size), _PIL_RESAMPLE[self.config.encoder.resample])
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
+    def to_html(self, item: torch.Tensor) -> Markup:
+        """An <img> with the pixels as the tower sees them, at most 72 px a side."""
+        picture = Image.fromarray(item.permute(1, 2, 0).numpy())
+        picture.thumbnail((72, 72))
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        return Markup('<img src="data:image/png;base64,{}" height="{}">').format(data, picture.height)
+
 
 def decode_rgb(raw: bytes) -> Image.Image:
     """Decode the first frame of an image file to upright RGB at its own size.
@@ -86,5 +97,8 @@ def decode_rgb(raw: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample("image_too_large", str(error)) from error
+    except UnidentifiedImageError as error:  # its own message holds a memory address: no two runs would log the same
+        detail = f"{len(raw)} bytes starting {raw[:8]!r} are none of {', '.join(FORMATS)}"
+        raise BadSample("corrupt_image", detail) from error
     except Exception as error:  # codecs raise OSError, SyntaxError, struct.error, IndexError, ... on hostile bytes
         raise BadSample("corrupt_image", f"{type(error).__name__}: {error}") from error

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
@@ -97,6 +98,9 @@ def install() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment, misc]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
+    # torch collects, once, which functions `with torch.device(...)` acts on: that has to be the originals, or
+    # transformers' from_pretrained (a "meta" context) leaves buffers with whatever lay in memory.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -4,6 +4,7 @@ The command line is checked strictly before anything is built; then NeMo's hydra
 Imports are inside the functions: megatron-core's checkpoint writer starts a process that imports this file again.
 """
 
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -20,6 +21,9 @@ def main() -> None:
     Raises:
         SystemExit: 1 with one line on stderr for an error that the user can mend.
     """
+    from qwen3_vlm.logging import quiet_libraries
+
+    quiet_libraries()
     from qwen3_vlm.checkpoint.layout import read_architecture
     from qwen3_vlm.config.compose import HydraSchema, compose, conf_dir, from_hydra, parse_command_line
     from qwen3_vlm.config.validate import validate
@@ -37,6 +41,7 @@ def main() -> None:
     from nemo.core.config import hydra_runner
 
     sys.argv[1:] = command.hydra_argv
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # an unexpected error keeps its whole traceback
     warnings.filterwarnings("ignore", message=r"\s*'.*' is validated against ConfigStore schema")
 
     @hydra_runner(config_path=str(conf_dir()), config_name=command.config_name, schema=HydraSchema)

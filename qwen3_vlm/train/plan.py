@@ -20,7 +20,7 @@ def total_samples(config: RunConfig, samples: int) -> int:
 
 def tokens_per_sample(config: RunConfig, report: Mapping[str, Any]) -> float:
     """Estimate from the preparation's report: its text, two marks and N tokens for each item, and the chat's own tokens."""
-    items = sum(m.resampler.num_tokens + 2 for m in config.modality.values()) * report["images"] / max(report["kept"], 1)
+    items = sum(m.resampler.num_tokens + 2 for m in config.modality.values()) * report["train_images"] / max(report["train"], 1)
     text = report["train_characters"] / max(report["train"], 1) / CHARACTERS_PER_TOKEN
     return items + text + CHAT_TOKENS_PER_SAMPLE
 

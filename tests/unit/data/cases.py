@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -41,6 +42,9 @@ class ToneModality(Modality):
         if len(raw) != 5:
             raise BadSample("corrupt_tone", f"{len(raw)} bytes, expected 5")
         return torch.tensor(list(raw), dtype=torch.float32)
+
+    def to_html(self, item: torch.Tensor) -> Markup:
+        return Markup("<i>{}</i>").format(item.tolist())
 
 
 def make_tokenizer(folder: Path, *, without: str | None = None) -> Path:

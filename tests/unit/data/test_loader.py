@@ -95,7 +95,7 @@ def test_restore_is_exact(
         states.append(as_saved(straight.state_dict()))
         expected.append(straight.next_row())
     first_pass = expected.index(None) + 1
-    some = [1, first_pass - 2, first_pass - 1, first_pass + 3]
+    some = [first_pass - 2, first_pass + 3]
     picked = range(len(expected)) if num_workers == 0 else some
     for at in picked:
         restored = make_loader(path, num_workers=num_workers)
@@ -111,7 +111,7 @@ def test_restore_is_exact(
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_restore_after_every_row(make_data: Make, make_loader: Load, num_workers: int):
     """Killed and restored after each single row: positions do not drift."""
-    path = make_data(good_rows(11))
+    path = make_data(good_rows(6))
     expected = keys(read_pass(make_loader(path, num_workers=num_workers)))
     got, state = [], None
     while True:

@@ -171,5 +171,5 @@ def test_command_line(tmp_path: Path, images: Path):
     failed = subprocess.run([*command, str(out), "--val-fraction", "2"], capture_output=True, text=True)
     assert (
         failed.returncode == 1
-        and failed.stderr.strip() == "prepare_data: val_fraction is 2.0, expected 0 <= val_fraction < 1"
+        and failed.stderr.strip() == "error: val_fraction is 2.0, expected 0 <= val_fraction < 1"
     )

@@ -1,0 +1,57 @@
+"""An imported model at tensor- and pipeline-parallel layouts answers as transformers does, and its parts are really cut.
+
+Worst difference of logits (magnitude 4 to 12): see below.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen3_vlm.config.schema import ParallelConfig
+from qwen3_vlm.parallel.topology import Topology
+from tests.cases import LAYOUT_SPECS, Case
+from tests.distributed import checks
+from tests.distributed.launch import Check, Results, launch
+
+
+@pytest.fixture(scope="module")
+def folder_of(
+    cases: dict[str, Case], topology: Topology, tmp_path_factory: pytest.TempPathFactory
+) -> "pytest.TempPathFactory":
+    """A factory of folders as `checks` reads them."""
+
+    def make(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "cases").symlink_to(cases["kv1_tied"].folder.parent)
+        shapes = {
+            n: {p: list(t.shape) for p, t in cases[n].load(ParallelConfig(), topology).model.named_parameters()}
+            for n in LAYOUT_SPECS
+        }
+        (folder / "shapes.json").write_text(json.dumps(shapes))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two(folder_of) -> Results:
+    """One start of two processes."""
+    return launch(checks.TWO_PROCESSES, num_processes=2, folder=folder_of("two"))
+
+
+@pytest.fixture(scope="module")
+def four(folder_of) -> Results:
+    """One start of four processes."""
+    return launch(checks.FOUR_PROCESSES, num_processes=4, folder=folder_of("four"), timeout_s=600)
+
+
+@pytest.mark.parametrize("check", checks.TWO_PROCESSES, ids=lambda check: check.__name__)
+def test_two_processes(two: Results, check: Check):
+    two.require(check)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", checks.FOUR_PROCESSES, ids=lambda check: check.__name__)
+def test_four_processes(four: Results, check: Check):
+    four.require(check)
