@@ -31,8 +31,8 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def quiet_libraries() -> None:
-    """Hide what megatron-core and torch's checkpoints say at every start: which fast kernels are missing (the backend says it
-    once, with what serves instead) and which of their own calls are deprecated. Call before they are imported.
+    """Hide what megatron-core and torch's checkpoints say at every start: which fast kernels are missing (the backend
+    says it once, with what serves instead) and which of their own calls are deprecated. Call before they are imported.
     """
     for module in (r"megatron\.", r"torch\.distributed\.checkpoint"):
         warnings.filterwarnings("ignore", module=module)

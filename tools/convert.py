@@ -1,6 +1,6 @@
 """Weights between Hugging Face folders and Megatron checkpoints.
 
-    python tools/convert.py import --llm Qwen3-8B-Base --vision siglip2-so400m-patch14-384 --out CKPT [model=qwen3_8b]
+python tools/convert.py import --llm Qwen3-8B-Base --vision siglip2-so400m-patch14-384 --out CKPT [model=qwen3_8b]
 """
 
 import json
@@ -20,7 +20,9 @@ def convert() -> None:
 @app.command("import")
 def import_(
     llm: Annotated[Path, typer.Option(help="Qwen3 folder: config.json, safetensors, tokenizer.")],
-    vision: Annotated[Path, typer.Option(help="SigLIP/SigLIP2 folder: config.json, safetensors, preprocessor_config.json.")],
+    vision: Annotated[
+        Path, typer.Option(help="SigLIP/SigLIP2 folder: config.json, safetensors, preprocessor_config.json.")
+    ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the fresh resampler and projector.")] = 1234,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write what was done here.")] = None,

@@ -1,6 +1,6 @@
 """Score a checkpoint on held-out questions; under torchrun at any parallel= layout.
 
-    python tools/evaluate.py --checkpoint CKPT --suite heldout.jsonl --out report.html --json report.json
+python tools/evaluate.py --checkpoint CKPT --suite heldout.jsonl --out report.html --json report.json
 """
 
 import json

@@ -1,7 +1,7 @@
 """Answer a prompt about images from a Megatron checkpoint; under torchrun at any parallel= layout.
 
-    python tools/generate.py --checkpoint CKPT --image a.jpg --image b.jpg --prompt "<image> <image> What changed?"
-    torchrun --nproc-per-node 2 tools/generate.py --checkpoint CKPT --image a.jpg --prompt "<image> Describe." parallel=tp2
+python tools/generate.py --checkpoint CKPT --image a.jpg --image b.jpg --prompt "<image> <image> What changed?"
+torchrun --nproc-per-node 2 tools/generate.py --checkpoint CKPT --image a.jpg --prompt "<image> Describe." parallel=tp2
 """
 
 import json

@@ -1,6 +1,6 @@
 """Prepare public data sets for training: check the rows, split off validation, write what the loader streams.
 
-    python tools/prepare_data.py llava-pretrain --source blip_laion_cc_sbu_558k.json --images images/ --out data/llava
+python tools/prepare_data.py llava-pretrain --source blip_laion_cc_sbu_558k.json --images images/ --out data/llava
 """
 
 import json

@@ -11,16 +11,16 @@ from markupsafe import Markup
 from PIL import Image
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from qwen3_vlm.checkpoint import layout  # noqa: E402
-from qwen3_vlm.config.schema import DataConfig  # noqa: E402
-from qwen3_vlm.data.inspect import draw_row  # noqa: E402
-from qwen3_vlm.data.loader import RowLoader  # noqa: E402
-from qwen3_vlm.data.tokenizer import ChatTokenizer  # noqa: E402
-from qwen3_vlm.eval.exact_match import Answered, Question  # noqa: E402
-from qwen3_vlm.eval.report import STYLE, answers_table, png_tag  # noqa: E402
-from qwen3_vlm.modality.registry import build_modalities  # noqa: E402
+from qwen3_vlm.checkpoint import layout
+from qwen3_vlm.config.schema import DataConfig
+from qwen3_vlm.data.inspect import draw_row
+from qwen3_vlm.data.loader import RowLoader
+from qwen3_vlm.data.tokenizer import ChatTokenizer
+from qwen3_vlm.eval.exact_match import Answered, Question
+from qwen3_vlm.eval.report import STYLE, answers_table, png_tag
+from qwen3_vlm.modality.registry import build_modalities
 
 SHOWN_ANSWERS = 16
 
@@ -28,23 +28,19 @@ _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
     """<!doctype html><html lang="en"><meta charset="utf-8"><title>qwen3_vlm demo</title>{{ style }}
 <h1>A tiny Qwen3 learns to see</h1>
 <p>A frozen SigLIP tower and a frozen Qwen3 decoder, both small stand-ins for the public weights, are joined by a fresh
-resampler and projector. Only those train, at tensor-parallel size 2, on pictures that were drawn for this run; the pictures
-below were held out. Whole demo: {{ "%.0f"|format(summary.seconds) }} s.</p>
-<table><tr><th>stage</th><th>steps</th><th>first loss</th><th>last loss</th><th>seconds</th><th>exact match</th></tr>
-{% for name, s in summary.stages.items() %}<tr><td>{{ name }}</td><td>{{ s.steps }}</td><td>{{ "%.3f"|format(s.loss_first) }}</td>
-<td>{{ "%.4f"|format(s.loss_last) }}</td><td>{{ "%.0f"|format(s.seconds) }}</td><td>{{ "%.3f"|format(s.exact_match) }}</td></tr>
-{% endfor %}</table>
-<table>{% for name, e in summary.eval.items() %}
-<tr><th>held-out questions ({{ name }} image)</th><td>{{ e.n }}</td></tr>
-<tr><th>exact match</th><td><b>{{ "%.3f"|format(e.exact_match) }}</b></td></tr>
-<tr><th>with another question's image</th><td>{{ "%.3f"|format(e.exact_match_images_shuffled) }}</td></tr>
-<tr><th>best constant answer per question</th><td>{{ "%.3f"|format(e.chance) }}</td></tr>
-<tr><th>before training</th><td>{{ "%.3f"|format(e.exact_match_before) }}</td></tr>{% endfor %}</table>
-<h2>Loss</h2>{{ curves }}
-<h2>One packed row of stage 1, as the model sees it</h2>
-<p>Every colour is a document that sees no other; yellow tokens count in the loss; each picture stands where its visual tokens
-stand.</p>{{ row }}
-<h2>Answers on held-out images</h2>{{ answers }}</html>"""
+resampler and projector. Only those train, at tensor-parallel size 2, on pictures that were drawn for this run; the
+pictures below were held out. Whole demo: {{ "%.0f"|format(summary.seconds) }} s.</p>
+<table><tr><th>stage</th><th>steps</th><th>first loss</th><th>last loss</th><th>seconds</th><th>exact match</th></tr> {%
+for name, s in summary.stages.items() %}<tr><td>{{ name }}</td><td>{{ s.steps }}</td><td>{{ "%.3f"|format(s.loss_first)
+}}</td> <td>{{ "%.4f"|format(s.loss_last) }}</td><td>{{ "%.0f"|format(s.seconds) }}</td><td>{{
+"%.3f"|format(s.exact_match) }}</td></tr> {% endfor %}</table> <table>{% for name, e in summary.eval.items() %}
+<tr><th>held-out questions ({{ name }} image)</th><td>{{ e.n }}</td></tr> <tr><th>exact match</th><td><b>{{
+"%.3f"|format(e.exact_match) }}</b></td></tr> <tr><th>with another question's image</th><td>{{
+"%.3f"|format(e.exact_match_images_shuffled) }}</td></tr> <tr><th>best constant answer per question</th><td>{{
+"%.3f"|format(e.chance) }}</td></tr> <tr><th>before training</th><td>{{ "%.3f"|format(e.exact_match_before)
+}}</td></tr>{% endfor %}</table> <h2>Loss</h2>{{ curves }} <h2>One packed row of stage 1, as the model sees it</h2>
+<p>Every colour is a document that sees no other; yellow tokens count in the loss; each picture stands where its visual
+tokens stand.</p>{{ row }} <h2>Answers on held-out images</h2>{{ answers }}</html>"""
 )
 
 

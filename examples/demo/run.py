@@ -1,9 +1,11 @@
 """`make demo`: the main job on a laptop, from raw data to answers, with the commands that a user of the 8B types.
 
-    scenes -> LLaVA-form JSON + JPEGs -> prepare_data -> convert import -> stage 0 -> stage 1 (tp 2 over gloo) -> evaluate
+    scenes -> LLaVA-form JSON + JPEGs -> prepare_data -> convert import -> stage 0 -> stage 1 (tp 2 over gloo) ->
+    evaluate
 
-Everything lies in runs/demo afterwards: report.html, summary.json, ckpt/ (the last Megatron checkpoint), data/heldout.jsonl,
-and the folders of each command. The weights are small stand-ins for the public ones (make_tiny_weights.py).
+Everything lies in runs/demo afterwards: report.html, summary.json, ckpt/ (the last Megatron checkpoint),
+data/heldout.jsonl, and the folders of each command. The weights are small stand-ins for the public ones
+(make_tiny_weights.py).
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """Folder layout of checkpoints, the atomic "latest" mark, and pruning.
 
-    CKPT/                          one checkpoint: what convert.py import writes, and one saved step
-      qwen3_vlm.json               the manifest, written last: a folder without it is incomplete
-      state/                       megatron-core distributed checkpoint (model; optimizer and scheduler of a run)
-      processor/                   tokenizer files and preprocessor_config.json, as Hugging Face names them
-      data/dp_00000.pt             position of each data-parallel rank's loader (saved steps only)
-    EXP_DIR/checkpoints/
-      step_00000100/               a CKPT
-      latest                       name of the newest complete step, replaced in one move
+CKPT/                          one checkpoint: what convert.py import writes, and one saved step
+  qwen3_vlm.json               the manifest, written last: a folder without it is incomplete
+  state/                       megatron-core distributed checkpoint (model; optimizer and scheduler of a run)
+  processor/                   tokenizer files and preprocessor_config.json, as Hugging Face names them
+  data/dp_00000.pt             position of each data-parallel rank's loader (saved steps only)
+EXP_DIR/checkpoints/
+  step_00000100/               a CKPT
+  latest                       name of the newest complete step, replaced in one move
 """
 
 import json
@@ -88,7 +88,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has checkpoint format {version!r}, this version ({qwen3_vlm.__version__}) reads format "
-            f"{FORMAT_VERSION}. Use the version that wrote it ({fields.get('code_version') if isinstance(fields, dict) else None!r}), "
+            f"{FORMAT_VERSION}. Use the version that wrote it "
+            f"({fields.get('code_version') if isinstance(fields, dict) else None!r}), "
             "or import the weights again with tools/convert.py import."
         )
     return Manifest(**fields)
@@ -116,7 +117,9 @@ def latest_step_dir(exp_dir: Path) -> Path | None:
     name = mark.read_text().strip()
     step = checkpoints_dir(exp_dir) / name
     if Path(name).name != name or not (step / MANIFEST).is_file():
-        raise CheckpointError(f"{mark} names {name!r}, which is not a complete step of {exp_dir}: correct or remove the mark")
+        raise CheckpointError(
+            f"{mark} names {name!r}, which is not a complete step of {exp_dir}: correct or remove the mark"
+        )
     return step
 
 
@@ -163,7 +166,9 @@ def start(checkpoint: Path) -> None:
     if checkpoint.is_dir():
         strange = sorted(p.name for p in checkpoint.iterdir() if p.name not in known)
         if strange:
-            raise CheckpointError(f"{checkpoint} is not empty and not ours (holds {strange[:5]}): choose another folder")
+            raise CheckpointError(
+                f"{checkpoint} is not empty and not ours (holds {strange[:5]}): choose another folder"
+            )
         shutil.rmtree(checkpoint)
     (checkpoint / STATE).mkdir(parents=True)
 
@@ -174,7 +179,9 @@ def mark_latest(exp_dir: Path, step: int) -> None:
 
 
 def prune(exp_dir: Path, keep: int) -> list[Path]:
-    """Remove all complete steps but the newest `keep`; returns what was removed. The step that `latest` names always stays."""
+    """Remove all complete steps but the newest `keep`; returns what was removed. The step that `latest` names always
+    stays.
+    """
     latest = latest_step_dir(exp_dir)
     complete = sorted(p.parent for p in checkpoints_dir(exp_dir).glob(f"step_*/{MANIFEST}"))
     removed = [p for p in complete[: len(complete) - keep] if p != latest]
@@ -191,4 +198,6 @@ def copy_processor(source: Path, target: Path) -> None:
 
 def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Keys whose values differ, as 'key: ours != theirs' lines."""
-    return [f"{k}: {ours.get(k)!r} != {theirs.get(k)!r}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)]
+    return [
+        f"{k}: {ours.get(k)!r} != {theirs.get(k)!r}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)
+    ]

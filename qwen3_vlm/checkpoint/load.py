@@ -1,4 +1,6 @@
-"""A checkpoint -> a model in memory at any layout, with its tokenizer and modalities: what generation and evaluation start from."""
+"""A checkpoint -> a model in memory at any layout, with its tokenizer and modalities: what generation and evaluation
+start from.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Distributed save and load: the model at any layout; a run's optimizer, schedule and random state with it.
 
-megatron-core's dist_checkpointing does the work. A name that is missing on either side is an error: nothing is left at its
-initial value, and nothing in the checkpoint is passed over, without a word.
+megatron-core's dist_checkpointing does the work. A name that is missing on either side is an error: nothing is left at
+its initial value, and nothing in the checkpoint is passed over, without a word.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from qwen3_vlm.errors import CheckpointError
 from qwen3_vlm.model.vlm import VLM
 
-OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+OPTIMIZER_SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 """Optimizer state is stored per parameter, so that it loads at another tp, pp and dp size."""
 
 
@@ -31,8 +34,8 @@ class RunState:
 
 
 def _model_state(model: VLM) -> dict[str, Any]:
-    """Sharded tensors of the model. TransformerEngine's `_extra_state` (FP8 scales) is left out: checkpoints are free of it,
-    so that they load with other layers and precisions."""
+    """Sharded tensors of the model. TransformerEngine's `_extra_state` (FP8 scales) is left out: checkpoints are free
+    of it, so that they load with other layers and precisions."""
     return {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
 
 
@@ -109,13 +112,15 @@ def load_model(model: VLM, directory: Path) -> None:
     """Fill the model from a checkpoint's state folder, whatever layout wrote it.
 
     Raises:
-        CheckpointError: a model tensor is missing in the checkpoint, or the checkpoint holds one that no stage of the model has.
+        CheckpointError: a model tensor is missing in the checkpoint, or the checkpoint holds one that no stage of the
+            model has.
     """
     loaded, not_requested = _load(_model_state(model), directory)
     strange = [name for name in not_requested if name.startswith(("language_model.", "towers."))]
     if strange:
         raise CheckpointError(
-            f"{directory} holds {len(strange)} model tensors that this model has no place for, e.g. {sorted(strange)[:3]}. "
+            f"{directory} holds {len(strange)} model tensors that this model has no place for, e.g. "
+            f"{sorted(strange)[:3]}. "
             "Use model=from_checkpoint."
         )
     model.load_state_dict({k: v for k, v in loaded.items() if k in model.state_dict()}, strict=False)

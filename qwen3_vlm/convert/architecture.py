@@ -20,7 +20,8 @@ def architecture_of(
 
     Args:
         llm, vision: Hugging Face folders.
-        overrides: `model=NAME` (checked against the folder) and `modality.image.<key>=value` for what the folders do not say.
+        overrides: `model=NAME` (checked against the folder) and `modality.image.<key>=value` for what the folders do
+            not say.
 
     Returns:
         Decoder and modalities.
@@ -32,10 +33,13 @@ def architecture_of(
     decoder = read_decoder_config(llm)
     selections = [o for o in overrides if "=" in o and o.split("=", 1)[0] == "model"]
     keys = [o for o in overrides if o not in selections]
-    strange = [o for o in keys if not o.startswith((f"modality.{IMAGE}.resampler.", f"modality.{IMAGE}.encoder.feature_layer"))]
+    strange = [
+        o for o in keys if not o.startswith((f"modality.{IMAGE}.resampler.", f"modality.{IMAGE}.encoder.feature_layer"))
+    ]
     if strange:
         raise ConfigError(
-            f"import takes model=NAME, modality.{IMAGE}.resampler.<key>=... and modality.{IMAGE}.encoder.feature_layer=...; "
+            f"import takes model=NAME, modality.{IMAGE}.resampler.<key>=... and "
+            f"modality.{IMAGE}.encoder.feature_layer=...; "
             f"found {strange[0]!r}. Everything else comes from the folders' config.json."
         )
     run = compose("stage1_align", ["exp_dir=unused", "data.path=unused", *selections, *keys])

@@ -1,7 +1,7 @@
 """Fresh resampler and projector: tensors by checkpoint name, the same for a seed at every layout.
 
-Linear layers start as torch.nn.Linear does (uniform within 1 / sqrt(fan_in)), norms as identity, latents normal(0, 0.02).
-Every tensor draws from its own generator, so that adding one changes no other.
+Linear layers start as torch.nn.Linear does (uniform within 1 / sqrt(fan_in)), norms as identity, latents normal(0,
+0.02). Every tensor draws from its own generator, so that adding one changes no other.
 """
 
 import hashlib

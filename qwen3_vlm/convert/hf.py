@@ -1,7 +1,8 @@
 """import_hf: Hugging Face folders -> a checkpoint that loads at any layout. Executes no code from the folders.
 
-Flow: read the two config.json -> sizes; list what the mapping needs and what the folders hold (an unused or missing tensor is
-an error); read, rearrange and write tensor by tensor; add a seeded resampler and projector, tokenizer and image processor.
+Flow: read the two config.json -> sizes; list what the mapping needs and what the folders hold (an unused or missing
+tensor is an error); read, rearrange and write tensor by tensor; add a seeded resampler and projector, tokenizer and
+image processor.
 """
 
 import json
@@ -130,7 +131,8 @@ def read_encoder_config(folder: Path) -> SiglipEncoderConfig:
     raw = _read_json(folder / "config.json")
     if raw.get("model_type") not in ("siglip", "siglip_vision_model"):
         raise WeightsError(
-            f"{folder}/config.json has model_type {raw.get('model_type')!r}; --vision needs siglip or siglip_vision_model "
+            f"{folder}/config.json has model_type {raw.get('model_type')!r}; --vision needs siglip or "
+            "siglip_vision_model "
             "(SigLIP2's fixed-resolution models are of these types too)"
         )
     config = SiglipVisionConfig.from_dict(raw.get("vision_config", raw))
@@ -139,7 +141,10 @@ def read_encoder_config(folder: Path) -> SiglipEncoderConfig:
     processor = _read_json(folder / IMAGE_PROCESSOR_FILE)
     size = processor.get("size", {"height": config.image_size, "width": config.image_size})
     resample = processor.get("resample", 3)
-    if (size.get("height"), size.get("width")) != (config.image_size, config.image_size) or resample not in PIL_RESAMPLE:
+    if (size.get("height"), size.get("width")) != (
+        config.image_size,
+        config.image_size,
+    ) or resample not in PIL_RESAMPLE:
         raise WeightsError(
             f"{folder}/{IMAGE_PROCESSOR_FILE}: size {size} and resample {resample}; expected {config.image_size} x "
             f"{config.image_size} and one of {sorted(PIL_RESAMPLE)}"
@@ -205,7 +210,8 @@ def _check_shape(folder: Path, entry: Entry, shapes: list[tuple[int, ...]], laye
     rows = sum(s[0] for s in shapes)
     if (rows, *shapes[0][1:]) != entry.shape or any(s[1:] != entry.shape[1:] for s in shapes):
         raise WeightsError(
-            f"{folder}: {entry.their_names(layer)} have shapes {shapes}, which do not make {entry.shape} ({entry.ours}): "
+            f"{folder}: {entry.their_names(layer)} have shapes {shapes}, which do not make {entry.shape} "
+            f"({entry.ours}): "
             "config.json and weights disagree"
         )
 
@@ -273,7 +279,9 @@ def import_hf(
         tower = f"towers.{name}."
         unbuilt = tuple(
             f"encoder.layers.{i}."
-            for i in range(modality.encoder.num_layers + 1 + modality.encoder.feature_layer, modality.encoder.num_layers)
+            for i in range(
+                modality.encoder.num_layers + 1 + modality.encoder.feature_layer, modality.encoder.num_layers
+            )
         ) + (("post_layernorm.",) if modality.encoder.feature_layer != -1 else ())
         sources[str(vision)] = match_source(
             vision, siglip_entries(modality.encoder, tower), droppable=(*SIGLIP_DROPPED, *unbuilt)
@@ -287,4 +295,3 @@ def import_hf(
     config = {"model": to_dict(decoder), "modality": to_dict(modalities)}
     layout.write_manifest(out, layout.Manifest(step=0, config=config, progress={}))
     return {folder: source.dropped for folder, source in sources.items()}
-

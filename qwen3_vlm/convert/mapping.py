@@ -1,8 +1,8 @@
 """The table: checkpoint tensor <-> Hugging Face tensors, with the transform between them.
 
-A checkpoint tensor is named as megatron-core's sharded state dict names it; tensors of a layer stack carry the layer as their
-first dimension and appear here once, with `{i}` in the Hugging Face names. The names are those of TransformerEngine's
-fused layers, which megatron-core's local layers map themselves to.
+A checkpoint tensor is named as megatron-core's sharded state dict names it; tensors of a layer stack carry the layer as
+their first dimension and appear here once, with `{i}` in the Hugging Face names. The names are those of
+TransformerEngine's fused layers, which megatron-core's local layers map themselves to.
 """
 
 from collections.abc import Callable, Sequence
@@ -128,9 +128,7 @@ def siglip_entries(encoder: SiglipEncoderConfig, tower: str) -> list[Entry]:
             shape=(w, 3, encoder.patch_size, encoder.patch_size),
         ),
         Entry(ours=f"{prefix}patch_embedding.bias", theirs=("embeddings.patch_embedding.bias",), shape=(w,)),
-        Entry(
-            ours=f"{prefix}position_embedding", theirs=("embeddings.position_embedding.weight",), shape=(patches, w)
-        ),
+        Entry(ours=f"{prefix}position_embedding", theirs=("embeddings.position_embedding.weight",), shape=(patches, w)),
     ]
 
     def layered(ours: str, theirs: str, shape: tuple[int, ...]) -> Entry:

@@ -1,7 +1,9 @@
-"""What the model will see, as HTML: a packed row with its documents, loss tokens, decoded text and media in their places."""
+"""What the model will see, as HTML: a packed row with its documents, loss tokens, decoded text and media in their
+places.
+"""
 
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from markupsafe import Markup, escape
 
@@ -10,14 +12,16 @@ from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.modality.base import Modality
 
 ROW_STYLE = Markup(
-    "<style>.row{line-height:1.9;font-family:ui-monospace,monospace;font-size:13px}.doc{border-radius:4px;padding:2px 3px;"
+    "<style>.row{line-height:1.9;font-family:ui-monospace,monospace;font-size:13px}.doc{"
+    "border-radius:4px;padding:2px 3px;"
     "margin-right:3px;white-space:pre-wrap}.doc0{background:#eef3fb}.doc1{background:#f4f0e6}.doc2{background:#ecf5ee}"
     ".loss{background:#ffd54a;border-radius:2px}.pad{color:#999}.item{color:#666;font-size:11px}</style>"
 )
 
 
 def draw_row(row: PackedRow, tokenizer: ChatTokenizer, modalities: Mapping[str, Modality]) -> Markup:
-    """Draw one packed row: a colour a document, tokens that count in the loss marked, each item's picture at its placeholders.
+    """Draw one packed row: a colour a document, tokens that count in the loss marked, each item's picture at its
+    placeholders.
 
     Args:
         row: as the loader yields it.
@@ -30,7 +34,7 @@ def draw_row(row: PackedRow, tokenizer: ChatTokenizer, modalities: Mapping[str, 
         owner |= {p: (name, n // k) for n, p in enumerate(batch.positions.tolist())}
     bounds = row.cu_seqlens.tolist()
     documents = []
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         if n >= len(row.keys):
             documents.append(Markup('<span class="doc pad">{} tokens of padding</span>').format(end - start))
             continue

@@ -73,7 +73,8 @@ def read_suite(path: Path) -> list[Question]:
             )
         except (json.JSONDecodeError, KeyError, TypeError) as e:
             raise DataError(
-                f'{path} line {number}: expected {{"images": [...], "question": ..., "answer": ...}}; {type(e).__name__}: {e}'
+                f'{path} line {number}: expected {{"images": [...], "question": ..., "answer": ...}}; '
+                f"{type(e).__name__}: {e}"
             ) from e
         missing = [str(p) for p in question.images if not p.is_file()]
         if missing:
@@ -106,7 +107,11 @@ def shuffled_images(questions: Sequence[Question], *, seed: int) -> list[tuple[P
 
 
 def answer_all(
-    generator: GreedyGenerator, questions: Sequence[Question], images: Sequence[tuple[Path, ...]], *, max_new_tokens: int
+    generator: GreedyGenerator,
+    questions: Sequence[Question],
+    images: Sequence[tuple[Path, ...]],
+    *,
+    max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers to all questions, each with the given images."""
     prompts = [

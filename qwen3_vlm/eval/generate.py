@@ -1,11 +1,12 @@
 """Greedy answers from a Megatron model, at any tensor- and pipeline-parallel layout.
 
-All prompts of a call go through the model together, packed end to end as in training; each round appends one token to every
-prompt that is not finished. There is no KV cache: serving is the exported model's job.
+All prompts of a call go through the model together, packed end to end as in training; each round appends one token to
+every prompt that is not finished. There is no KV cache: serving is the exported model's job.
 
 Legend: n prompts, t packed tokens, v vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,12 +62,11 @@ class GreedyGenerator:
         ConfigError: the world has several data-parallel ranks.
     """
 
-    def __init__(
-        self, model: VLM, tokenizer: ChatTokenizer, modalities: Mapping[str, Modality], topology: Topology
-    ):
+    def __init__(self, model: VLM, tokenizer: ChatTokenizer, modalities: Mapping[str, Modality], topology: Topology):
         if topology.dp_size != 1:
             raise ConfigError(
-                f"generation runs on one model: world size {topology.world_size} leaves {topology.dp_size} data-parallel "
+                f"generation runs on one model: world size {topology.world_size} leaves {topology.dp_size} "
+                "data-parallel "
                 f"ranks. Start {topology.tp_size * topology.pp_size} processes, or choose parallel= to use them all."
             )
         self.model = model.eval()
@@ -147,13 +147,15 @@ class GreedyGenerator:
             empty = torch.zeros((0, *modality.media_shape), dtype=modality.media_dtype)
             media[name] = MediaBatch(
                 data=(torch.stack(kept) if kept else empty).to(device),
-                positions=torch.cat([positions[n][name] + start for n, start in zip(active, bounds, strict=False)]).to(device),
+                positions=torch.cat([positions[n][name] + start for n, start in zip(active, bounds, strict=False)]).to(
+                    device
+                ),
             )
         boundaries = torch.tensor(bounds, dtype=torch.int32, device=device)
-        longest = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        longest = max(b - a for a, b in itertools.pairwise(bounds))
         return PackedPrompts(
             input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
-            position_ids=torch.cat([torch.arange(b - a) for a, b in zip(bounds, bounds[1:], strict=False)]).to(device),
+            position_ids=torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(bounds)]).to(device),
             media=media,
             packed_seq_params=PackedSeqParams(
                 qkv_format="thd",

@@ -1,4 +1,6 @@
-"""What a command that asks a checkpoint something has in common: layout from overrides, distributed start, a loaded generator."""
+"""What a command that asks a checkpoint something has in common: layout from overrides, distributed start, a loaded
+generator.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence

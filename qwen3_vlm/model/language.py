@@ -43,7 +43,8 @@ def build_language_model(
 ) -> Qwen3Model:
     """This pipeline stage's part of the decoder.
 
-    The embedding's output is left whole under sequence parallelism: the visual tokens are placed first, then it is split.
+    The embedding's output is left whole under sequence parallelism: the visual tokens are placed first, then it is
+    split.
     """
     num_layers = get_num_layers_to_build(config, pp_rank=topology.pp_rank)
     padded_size = padded_vocab_size(decoder.vocab_size, topology.tp_size)

@@ -41,7 +41,12 @@ def _common(parallel: ParallelConfig, precision: PrecisionConfig, backend: Backe
 
 
 def decoder_transformer_config(
-    decoder: DecoderConfig, parallel: ParallelConfig, precision: PrecisionConfig, backend: Backend, *, deterministic: bool
+    decoder: DecoderConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    backend: Backend,
+    *,
+    deterministic: bool,
 ) -> TransformerConfig:
     """The Qwen3 decoder. Loss is summed per token and divided once by the global count of loss tokens."""
     fp8: dict[str, Any] = {}
@@ -112,7 +117,9 @@ def resampler_transformer_config(
     precision: PrecisionConfig,
     backend: Backend,
 ) -> TransformerConfig:
-    """Perceiver blocks at the encoder's width; linear layers without biases (Flamingo, arXiv:2204.14198, appendix A.1.1)."""
+    """Perceiver blocks at the encoder's width; linear layers without biases (Flamingo, arXiv:2204.14198, appendix
+    A.1.1).
+    """
     return TransformerConfig(
         **_common(parallel, precision, backend)
         | {

@@ -1,8 +1,9 @@
 """Perceiver resampler (Flamingo, arXiv:2204.14198): any number of features -> N latents, at the encoder's width.
 
-Each block: cross-attention with queries LN(latents) and keys/values concat(LN(features), LN(latents)), then an FFN, both
-residual and pre-norm; a last LN. With `latent_init: pooled` the latents start as learned vectors plus the feature grid
-average-pooled to N cells, so that a fresh resampler already passes local content (docs/decisions/0003-pooled-latents.md).
+Each block: cross-attention with queries LN(latents) and keys/values concat(LN(features), LN(latents)), then an FFN,
+both residual and pre-norm; a last LN. With `latent_init: pooled` the latents start as learned vectors plus the feature
+grid average-pooled to N cells, so that a fresh resampler already passes local content
+(docs/decisions/0003-pooled-latents.md).
 
 Legend: p features (patches), i items, w width, k = N latents.
 """

@@ -1,7 +1,7 @@
 """Containers that megatron-core's distributed checkpoint can look into.
 
-torch's ModuleList and ModuleDict have no `sharded_state_dict`; megatron-core then takes all that lies below as replicated,
-which is wrong for tensor-parallel layers.
+torch's ModuleList and ModuleDict have no `sharded_state_dict`; megatron-core then takes all that lies below as
+replicated, which is wrong for tensor-parallel layers.
 """
 
 from typing import Any

@@ -17,9 +17,7 @@ from qwen3_vlm.model.siglip2 import SiglipEncoder
 from qwen3_vlm.parallel.backend import Backend
 
 
-def build_siglip(
-    encoder: Any, parallel: ParallelConfig, precision: PrecisionConfig, backend: Backend
-) -> SiglipEncoder:
+def build_siglip(encoder: Any, parallel: ParallelConfig, precision: PrecisionConfig, backend: Backend) -> SiglipEncoder:
     """A SigLIP tower from its part of the configuration."""
     config = megatron_config.encoder_transformer_config(encoder, parallel, precision, backend)
     return SiglipEncoder(encoder, config, backend)
@@ -66,8 +64,9 @@ class ModalityTower(MegatronModule):
         """Encode.
 
         Args:
-            media: [i, *media_shape]; i = 0 is allowed. An empty batch runs one blank item whose output is dropped, so that every
-                trainable parameter takes part in every backward pass and every rank enters the same collectives.
+            media: [i, *media_shape]; i = 0 is allowed. An empty batch runs one blank item whose output is dropped, so
+                that every trainable parameter takes part in every backward pass and every rank enters the same
+                collectives.
 
         Returns:
             [i * k, h] embeddings, item by item.

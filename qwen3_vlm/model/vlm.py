@@ -33,7 +33,8 @@ def place(embeddings_t1h: Tensor, features_fh: Tensor, positions_f: Tensor) -> T
     """
     if features_fh.shape[0] != positions_f.shape[0]:
         raise ValueError(
-            f"the batch records {positions_f.shape[0]} placeholder positions but the tower yields {features_fh.shape[0]} "
+            f"the batch records {positions_f.shape[0]} placeholder positions but the tower yields "
+            f"{features_fh.shape[0]} "
             "embeddings: resampler.num_tokens of data and model differ"
         )
     rows_th = embeddings_t1h.squeeze(1)
@@ -82,7 +83,9 @@ class VLM(MegatronModule):
         )
 
     def parts(self) -> dict[str, torch.nn.Module]:
-        """The parts that training freezes or trains: decoder and <modality>.{encoder,resampler,projector} of this stage."""
+        """The parts that training freezes or trains: decoder and <modality>.{encoder,resampler,projector} of this
+        stage.
+        """
         parts: dict[str, torch.nn.Module] = {"decoder": self.language_model}
         for name, tower in self.towers.items():
             parts |= {f"{name}.{part}": getattr(tower, part) for part in ("encoder", "resampler", "projector")}
@@ -107,8 +110,8 @@ class VLM(MegatronModule):
             labels: [t] int64, or None for logits.
 
         Returns:
-            Last stage: losses [1, t] FP32, or logits [1, t, v / tp] without labels. Other stages: hidden states [t, 1, h]
-            (t / tp under sequence parallelism).
+            Last stage: losses [1, t] FP32, or logits [1, t, v / tp] without labels. Other stages: hidden states [t, 1,
+            h] (t / tp under sequence parallelism).
         """
         decoder_input = self._embed(input_ids, position_ids, media) if self.pre_process else None
         return self.language_model(

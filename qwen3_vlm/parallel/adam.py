@@ -1,8 +1,9 @@
 """AdamW that counts its steps in the param group, as apex's and TransformerEngine's FusedAdam do.
 
-torch.optim.AdamW keeps `step` for every parameter. megatron-core's distributed optimizer stores only exp_avg and exp_avg_sq of a
-parameter, and one `step` of the group; with torch's Adam it cannot load what it saved (KeyError 'step'), and ignoring the key
-resets the bias correction. Keeping the count where the checkpoint keeps it makes save and load exact.
+torch.optim.AdamW keeps `step` for every parameter. megatron-core's distributed optimizer stores only exp_avg and
+exp_avg_sq of a parameter, and one `step` of the group; with torch's Adam it cannot load what it saved (KeyError
+'step'), and ignoring the key resets the bias correction. Keeping the count where the checkpoint keeps it makes save and
+load exact.
 """
 
 from collections.abc import Callable

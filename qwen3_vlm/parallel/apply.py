@@ -50,8 +50,8 @@ def build_stage(
 ) -> tuple[Model, DistributedDataParallel]:
     """One pipeline stage, ready for the schedule.
 
-    Order: build, move to the device, load weights (before the wrapper, which maps trainable weights into its own buffers),
-    freeze, wrap. Frozen weights get neither gradient buffers nor optimizer state.
+    Order: build, move to the device, load weights (before the wrapper, which maps trainable weights into its own
+    buffers), freeze, wrap. Frozen weights get neither gradient buffers nor optimizer state.
 
     Args:
         build: makes this rank's stage.
@@ -68,7 +68,7 @@ def build_stage(
     counts = freeze_all_but(model, trainable)  # type: ignore[arg-type]
     for name, (trains, frozen) in counts.items():
         log.info("part %-18s %12s trainable %14s frozen parameters on this rank", name, f"{trains:,}", f"{frozen:,}")
-    config: TransformerConfig = model.config  # type: ignore[assignment]
+    config: TransformerConfig = model.config
     config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(
         config=config,

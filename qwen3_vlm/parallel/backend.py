@@ -1,7 +1,8 @@
 """THE seam between CPU and GPU: chosen once at start, asked everywhere, printed with its reasons.
 
-`select_backend()` answers which device and communication library serve, which layers the model is built of, and which library
-computes each kernel. No other file asks whether CUDA is there. Import order matters: megatron.core must be imported after it.
+`select_backend()` answers which device and communication library serve, which layers the model is built of, and which
+library computes each kernel. No other file asks whether CUDA is there. Import order matters: megatron.core must be
+imported after it.
 """
 
 import functools
@@ -57,7 +58,8 @@ class Backend:
         capability = torch.cuda.get_device_capability()
         if capability < (8, 9):
             raise ConfigError(
-                f"precision fp8_{recipe} needs compute capability 8.9 or newer, this GPU has {capability[0]}.{capability[1]}. "
+                f"precision fp8_{recipe} needs compute capability 8.9 or newer, this GPU has "
+                f"{capability[0]}.{capability[1]}. "
                 "Use precision=bf16."
             )
 
@@ -122,7 +124,7 @@ def _use_group_step_adam() -> None:
 
     from qwen3_vlm.parallel.adam import GroupStepAdamW
 
-    megatron_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdamW  # type: ignore[misc, assignment]
+    megatron_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
@@ -136,7 +138,9 @@ def _kernels(gpu: bool, te: bool, apex: bool) -> tuple[KernelChoice, ...]:
     else:
         why = "TransformerEngine is not installed" if gpu else "no GPU"
         layers, cross_entropy, why_cross_entropy = "torch", "megatron-core", f"{why}: vocab-parallel, in torch"
-        adam, why_adam = ("apex", "apex is installed") if gpu and apex else ("torch", f"{why}: AdamW with a step per group")
+        adam, why_adam = (
+            ("apex", "apex is installed") if gpu and apex else ("torch", f"{why}: AdamW with a step per group")
+        )
     return (
         KernelChoice(kernel="norm", library=layers, reason=why),
         KernelChoice(kernel="attention", library=layers, reason=why if te else f"{why}: SDPA, one document at a time"),

@@ -1,9 +1,10 @@
 """Answers for the CUDA calls that megatron-core makes unconditionally, for a machine without a GPU.
 
 megatron-core 0.16.1 asks for the current CUDA device, for streams and for tensors on "cuda" in code that is otherwise
-device-free. `install()` makes those calls answer with the CPU. It replaces only calls that raise on a machine without CUDA, so nothing
-that worked before behaves differently; the one exception, `Tensor.type`, is replaced only inside the two functions that compare
-its answer with "torch.cuda.FloatTensor" (the distributed optimizer's constructor and gradient clipping).
+device-free. `install()` makes those calls answer with the CPU. It replaces only calls that raise on a machine without
+CUDA, so nothing that worked before behaves differently; the one exception, `Tensor.type`, is replaced only inside the
+two functions that compare its answer with "torch.cuda.FloatTensor" (the distributed optimizer's constructor and
+gradient clipping).
 
 Called once by `backend.select_backend`, before megatron.core is imported, and never where a GPU is present.
 """
@@ -17,7 +18,18 @@ import torch
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
+_FACTORIES = (
+    "tensor",
+    "as_tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+)
 _installed = False
 
 
@@ -96,8 +108,8 @@ def install() -> None:
     cuda.Stream = lambda *args, **kwargs: _NoStream()
     cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
     cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment, misc]
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
     # torch collects, once, which functions `with torch.device(...)` acts on: that has to be the originals, or
     # transformers' from_pretrained (a "meta" context) leaves buffers with whatever lay in memory.
     _device_constructors()
@@ -110,5 +122,5 @@ def install() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    DistributedOptimizer.__init__ = _with_cuda_type_names(DistributedOptimizer.__init__)  # type: ignore[method-assign]
+    DistributedOptimizer.__init__ = _with_cuda_type_names(DistributedOptimizer.__init__)
     clipping.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(clipping.clip_grad_by_total_norm_fp32)

@@ -3,6 +3,7 @@
 Dims: s sequence, b micro-batch, t packed tokens, n heads, g key/value groups, d head dim.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in FP32 (transformers 5.23 Qwen3RMSNorm).
 
-    megatron-core's WrappedTorchNorm refuses sequence parallelism; here the weight is marked, so that its gradient is summed
-    over the tensor-parallel ranks.
+    megatron-core's WrappedTorchNorm refuses sequence parallelism; here the weight is marked, so that its gradient is
+    summed over the tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
@@ -46,7 +47,8 @@ class LayerNorm(torch.nn.LayerNorm):
 class SdpaCoreAttention(MegatronModule):
     """torch.nn.functional.scaled_dot_product_attention as megatron-core's core attention, plain or packed.
 
-    Packed (qkv_format 'thd') documents are attended one by one, which is exact: no mask is built and no document sees another.
+    Packed (qkv_format 'thd') documents are attended one by one, which is exact: no mask is built and no document sees
+    another.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class SdpaCoreAttention(MegatronModule):
             bounds = packed_seq_params.cu_seqlens_q.tolist()
             documents = [
                 self._attend(query[a:b, None], key[a:b, None], value[a:b, None], causal)
-                for a, b in zip(bounds, bounds[1:], strict=False)
+                for a, b in itertools.pairwise(bounds)
             ]
             return torch.cat(documents)
         return self._attend(query, key, value, causal)

@@ -1,6 +1,8 @@
-"""`python -m qwen3_vlm.train --config-name stage1_align key=value ...`: compose, build the parts, hand them to the trainer.
+"""`python -m qwen3_vlm.train --config-name stage1_align key=value ...`: compose, build the parts, hand them to the
+trainer.
 
-The command line is checked strictly before anything is built; then NeMo's hydra_runner composes it once more and calls `main`.
+The command line is checked strictly before anything is built; then NeMo's hydra_runner composes it once more and calls
+`main`.
 Imports are inside the functions: megatron-core's checkpoint writer starts a process that imports this file again.
 """
 
@@ -85,7 +87,8 @@ def train(config: "RunConfig") -> None:
     log = get_logger("qwen3_vlm.train")
     if config.checkpoint.init_from is None:
         raise ConfigError(
-            "checkpoint.init_from is not set: a run starts from pretrained weights. Import them with tools/convert.py import "
+            "checkpoint.init_from is not set: a run starts from pretrained weights. Import them with "
+            "tools/convert.py import "
             "and give its --out."
         )
     exp_dir = Path(config.exp_dir)

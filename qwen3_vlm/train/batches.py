@@ -1,7 +1,8 @@
 """One step's micro batches, the same on every tensor and pipeline rank of a data-parallel rank.
 
-Only one rank of each model-parallel group reads data. It takes all rows of a step before the step starts, so that pipeline
-stages never wait for one another's data inside the schedule, and the number of samples is known before the update.
+Only one rank of each model-parallel group reads data. It takes all rows of a step before the step starts, so that
+pipeline stages never wait for one another's data inside the schedule, and the number of samples is known before the
+update.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from megatron.core import parallel_state
 
 from qwen3_vlm.data.loader import RowLoader
 from qwen3_vlm.data.packing import collate_rows, empty_row
-from qwen3_vlm.data.sample import MediaBatch, MicroBatch, SkippedSample
+from qwen3_vlm.data.sample import MediaBatch, MicroBatch, PackedRow, SkippedSample
 from qwen3_vlm.modality.base import Modality
 from qwen3_vlm.parallel.broadcast import broadcast_tensors
 from qwen3_vlm.parallel.topology import Topology
@@ -85,7 +86,8 @@ class StepBatches:
     def next_step(self) -> StepBatch | None:
         """The next global batch, or None where an epoch ends; the following call starts the next epoch.
 
-        Data-parallel ranks run out of rows at slightly different steps: one that has none left contributes rows of padding.
+        Data-parallel ranks run out of rows at slightly different steps: one that has none left contributes rows of
+        padding.
         """
         micro_batches = self._read() if self._loader is not None else None
         counts = self._count(micro_batches)
@@ -101,12 +103,13 @@ class StepBatches:
 
     def _read(self) -> list[MicroBatch]:
         assert self._loader is not None
-        rows, wanted = [], self.num_micro_batches * self._micro_batch_size
+        rows: list[PackedRow] = []
+        wanted = self.num_micro_batches * self._micro_batch_size
         while len(rows) < wanted and (row := self._loader.next_row()) is not None:
             rows.append(row)
         self._rows_read = len(rows)
-        padding = {"seq_length": self._seq_length, "pad_id": self._pad_id, "modalities": self._modalities}
-        rows += [empty_row(**padding) for _ in range(wanted - len(rows))]
+        padding = empty_row(seq_length=self._seq_length, pad_id=self._pad_id, modalities=self._modalities)
+        rows += [padding] * (wanted - len(rows))
         size = self._micro_batch_size
         return [collate_rows(rows[n : n + size]) for n in range(0, wanted, size)]
 
@@ -143,10 +146,14 @@ class StepBatches:
         size = len(_TENSORS) + 1
         shared = []
         for n in range(self.num_micro_batches):
-            *tensors, max_seqlen = flat[n * size : (n + 1) * size]
+            input_ids, labels, loss_mask, position_ids, cu_seqlens, max_seqlen = flat[n * size : (n + 1) * size]
             shared.append(
                 MicroBatch(
-                    **dict(zip(_TENSORS, tensors, strict=True)),
+                    input_ids=input_ids,
+                    labels=labels,
+                    loss_mask=loss_mask,
+                    position_ids=position_ids,
+                    cu_seqlens=cu_seqlens,
                     max_seqlen=int(max_seqlen),
                     media=media[n] if media is not None else {},
                     num_samples=0,
@@ -167,7 +174,10 @@ class StepBatches:
         )
         pairs = iter(zip(flat[::2], flat[1::2], strict=True))
         return [
-            {name: MediaBatch(data=data, positions=positions) for name, (data, positions) in ((n, next(pairs)) for n in names)}
+            {
+                name: MediaBatch(data=data, positions=positions)
+                for name, (data, positions) in ((n, next(pairs)) for n in names)
+            }
             for _ in range(self.num_micro_batches)
         ]
 
@@ -177,4 +187,3 @@ class StepBatches:
         gathered: list = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, mine, group=group)
         return [x for part in gathered for x in part]
-

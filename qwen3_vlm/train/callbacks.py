@@ -134,7 +134,9 @@ class ProgressBar(Callback):
 
     def on_start(self, step: int) -> None:
         """Show the bar."""
-        self._bar = tqdm(total=100.0, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", mininterval=1.0)
+        self._bar = tqdm(
+            total=100.0, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", mininterval=1.0
+        )
 
     def on_step(self, metrics: StepMetrics, batch: StepBatch, progress: float) -> None:
         """Advance it."""

@@ -36,9 +36,10 @@ def build_optimizer(
 class ProgressSchedule:
     """The learning rate as a function of progress: the share of the run's samples (or steps) that are done.
 
-    Packing makes the number of steps of an epoch unknown before it is run, but not its number of samples: counted in samples
-    the schedule ends exactly at the last one. A step's rate is that of its middle, so that neither the first step (warm-up from
-    0) nor the last (decay to min_lr) is wasted. megatron-core's OptimizerParamScheduler does the work, in half units.
+    Packing makes the number of steps of an epoch unknown before it is run, but not its number of samples: counted in
+    samples the schedule ends exactly at the last one. A step's rate is that of its middle, so that neither the first
+    step (warm-up from 0) nor the last (decay to min_lr) is wasted. megatron-core's OptimizerParamScheduler does the
+    work, in half units.
 
     Args:
         optimizer: whose param groups are set.

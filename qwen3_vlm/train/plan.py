@@ -19,8 +19,14 @@ def total_samples(config: RunConfig, samples: int) -> int:
 
 
 def tokens_per_sample(config: RunConfig, report: Mapping[str, Any]) -> float:
-    """Estimate from the preparation's report: its text, two marks and N tokens for each item, and the chat's own tokens."""
-    items = sum(m.resampler.num_tokens + 2 for m in config.modality.values()) * report["train_images"] / max(report["train"], 1)
+    """Estimate from the preparation's report: its text, two marks and N tokens for each item, and the chat's own
+    tokens.
+    """
+    items = (
+        sum(m.resampler.num_tokens + 2 for m in config.modality.values())
+        * report["train_images"]
+        / max(report["train"], 1)
+    )
     text = report["train_characters"] / max(report["train"], 1) / CHARACTERS_PER_TOKEN
     return items + text + CHAT_TOKENS_PER_SAMPLE
 
@@ -35,9 +41,7 @@ def estimate_steps(config: RunConfig, samples: int, report: Mapping[str, Any] | 
     return max(1, math.ceil(rows / config.train.global_batch_size))
 
 
-def describe_run(
-    config: RunConfig, topology: Topology, *, samples: int, report: Mapping[str, Any] | None
-) -> list[str]:
+def describe_run(config: RunConfig, topology: Topology, *, samples: int, report: Mapping[str, Any] | None) -> list[str]:
     """Lines for the log.
 
     Args:
@@ -56,7 +60,9 @@ def describe_run(
         length = f"{t.epochs:g} epochs = {total_samples(config, samples):,} samples; estimated steps: {expected}"
     return [
         f"world {topology.world_size} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {topology.dp_size}",
-        f"global batch {t.global_batch_size} rows = micro batch {t.micro_batch_size} x {accumulation} micro batches x dp "
-        f"{topology.dp_size}; {t.global_batch_size} x {t.seq_length} = {t.global_batch_size * t.seq_length:,} tokens a step",
+        f"global batch {t.global_batch_size} rows = micro batch {t.micro_batch_size} x {accumulation} micro batches "
+        "x dp "
+        f"{topology.dp_size}; {t.global_batch_size} x {t.seq_length} = {t.global_batch_size * t.seq_length:,} "
+        "tokens a step",
         f"{samples:,} training samples; {length}",
     ]

@@ -81,8 +81,8 @@ def train_step(
     model.zero_grad_buffer()
     optimizer.zero_grad()
 
-    # Rows lie end to end, so a micro batch of b rows is one row of b * s tokens to the schedule. Gradients are summed over
-    # tokens; finalize_model_grads divides them by the global count of loss tokens, once.
+    # Rows lie end to end, so a micro batch of b rows is one row of b * s tokens to the schedule. Gradients are summed
+    # over tokens; finalize_model_grads divides them by the global count of loss tokens, once.
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batch.micro_batches),

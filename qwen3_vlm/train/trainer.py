@@ -219,7 +219,8 @@ class Trainer:
     def _check_resumable(self, directory: Path, was: dict[str, int]) -> None:
         if was["dp_size"] != self.topology.dp_size:
             raise CheckpointError(
-                f"{directory} was saved with {was['dp_size']} data-parallel ranks, this run has {self.topology.dp_size}: the "
+                f"{directory} was saved with {was['dp_size']} data-parallel ranks, this run has "
+                f"{self.topology.dp_size}: the "
                 "position in the data cannot be carried over. Use the same number, or start a new exp_dir with "
                 f"checkpoint.init_from={directory}."
             )
@@ -233,4 +234,3 @@ class Trainer:
 
     def _data_file(self, directory: Path) -> Path:
         return directory / layout.DATA / f"dp_{self.topology.dp_rank:05d}.pt"
-
