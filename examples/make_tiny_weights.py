@@ -14,7 +14,15 @@ formats, same special tokens, but they know only the world of `examples/demo/sce
 Neither model ever sees an image together with a question about it, other than the request for a description.
 The pictures come from `Split.PRETRAIN`: no training or held-out scene of the demo is among them.
 
-@@FIGURES@@
+Figures of the weights in `examples/tiny_weights` (seed 0, one thread of a busy 2-core machine; tower and decoder took
+336 and 465 CPU seconds), on 999 pictures and 999 conversations that were not trained on:
+
+- Tower, 0.49 M parameters: of the 3 x 3 cells that hold an object's centre, 0.928 right in colour, 0.875 in shape and
+  0.855 in size.
+- Decoder, 1.25 M parameters: every token right in 0.415 of the captions (1 to 3 objects; two fifths with size and
+  place) and in 0.254 of the text conversations (1 to 5 answers each).
+
+Another processor or thread count sums in another order, so its weights are not bit-equal to these.
 """
 
 import argparse
@@ -65,8 +73,8 @@ CELLS = 3
 """The demo's 9 visual tokens start as the patch grid pooled to 3 x 3 cells: features must survive that average."""
 MAX_OBJECTS = 3
 NUM_PICTURES = 30_000
-TOWER_STEPS = 4500
-DECODER_STEPS = 2000
+TOWER_STEPS = 8000
+DECODER_STEPS = 5000
 
 # Source: tokenizer.json of Qwen/Qwen3-8B.
 QWEN_PATTERN = (

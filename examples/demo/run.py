@@ -27,15 +27,15 @@ from examples.demo.report import write_report  # noqa: E402
 from examples.demo.scenes import write_heldout, write_llava_pretrain  # noqa: E402
 
 WEIGHTS = REPO / "examples" / "tiny_weights"
-TRAIN_ROWS, SANITY_ROWS, HELDOUT = 6000, 200, 256
+TRAIN_ROWS, SANITY_ROWS, HELDOUT = 4000, 200, 256
 TRAIN_SEED, HELDOUT_SEED = 0, 1
 
 ARCHITECTURE = ["modality.image.resampler.num_tokens=9", "modality.image.resampler.depth=2"]
 """A 3 x 3 grid of visual tokens for an image of 72 x 72 pixels; two resampler blocks."""
 
 STAGES: dict[str, list[str]] = {
-    "stage0_sanity": ["train.max_steps=150", "train.global_batch_size=1", "train.seq_length=512", "optim.lr=3e-3"],
-    "stage1_align": ["train.epochs=3", "train.global_batch_size=2", "train.seq_length=768", "optim.lr=2e-3"],
+    "stage0_sanity": ["train.max_steps=150", "train.global_batch_size=1", "train.seq_length=320", "optim.lr=3e-3"],
+    "stage1_align": ["train.global_batch_size=2", "train.micro_batch_size=2", "train.seq_length=640", "optim.lr=2e-3"],
 }
 """The stages' own confs with what the tiny model needs: shorter rows, small batches, a larger learning rate."""
 

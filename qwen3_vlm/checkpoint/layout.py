@@ -13,7 +13,6 @@ EXP_DIR/checkpoints/
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,20 +153,28 @@ def read_architecture(path: str | Path) -> Architecture:
     )
 
 
-def start(checkpoint: Path) -> None:
+def start(checkpoint: Path, *, replace: bool = False) -> None:
     """Make an empty folder for a checkpoint, removing what an interrupted save left there.
 
+    Args:
+        checkpoint: the folder.
+        replace: also remove a complete checkpoint: a run that was killed before `latest` named it saves this step again.
+
     Raises:
-        CheckpointError: a complete checkpoint or something else stands there already.
+        CheckpointError: a complete checkpoint (unless it may be replaced) or something else stands there already.
     """
     if (checkpoint / MANIFEST).exists():
-        raise CheckpointError(f"{checkpoint} already holds a complete checkpoint: choose another folder or remove it")
+        if not replace:
+            raise CheckpointError(
+                f"{checkpoint} already holds a complete checkpoint: choose another folder or remove it"
+            )
+        (checkpoint / MANIFEST).unlink()
     known = {STATE, PROCESSOR, DATA, f"{MANIFEST}.tmp"}
     if checkpoint.is_dir():
         strange = sorted(p.name for p in checkpoint.iterdir() if p.name not in known)
         if strange:
             raise CheckpointError(
-                f"{checkpoint} is not empty and not ours (holds {strange[:5]}): choose another folder"
+                f"{checkpoint} is not empty and not ours (it holds {strange[:5]}): choose another folder"
             )
         shutil.rmtree(checkpoint)
     (checkpoint / STATE).mkdir(parents=True)
@@ -194,10 +201,3 @@ def prune(exp_dir: Path, keep: int) -> list[Path]:
 def copy_processor(source: Path, target: Path) -> None:
     """Carry tokenizer and image-processor files from one checkpoint to another."""
     shutil.copytree(source / PROCESSOR, target / PROCESSOR, dirs_exist_ok=True)
-
-
-def describe_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ, as 'key: ours != theirs' lines."""
-    return [
-        f"{k}: {ours.get(k)!r} != {theirs.get(k)!r}" for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)
-    ]

@@ -81,7 +81,7 @@ def train(config: "RunConfig") -> None:
     from qwen3_vlm.train import callbacks
     from qwen3_vlm.train.batches import StepBatches
     from qwen3_vlm.train.optimizer import ProgressSchedule, build_optimizer
-    from qwen3_vlm.train.plan import describe_run, total_samples
+    from qwen3_vlm.train.plan import describe_run, estimate_steps, total_samples
     from qwen3_vlm.train.trainer import Trainer
 
     log = get_logger("qwen3_vlm.train")
@@ -104,9 +104,9 @@ def train(config: "RunConfig") -> None:
         modalities = build_modalities(config.modality)
         tokenizer = ChatTokenizer.from_folder(source / layout.PROCESSOR, modalities)
         samples = train_samples(config.data.path)
-        if topology.rank == 0:
-            for line in describe_run(config, topology, samples=samples, report=read_report(config.data.path)):
-                log.info(line)
+        estimate = estimate_steps(config, samples, read_report(config.data.path))
+        for line in describe_run(config, topology, samples=samples, estimate=estimate):
+            log.info(line)
 
         model, wrapped = build_stage(
             lambda: VLM(
@@ -161,6 +161,7 @@ def train(config: "RunConfig") -> None:
                 gather_keys=config.logging.sample_keys,
             ),
             loader=loader,
+            estimated_steps=estimate,
             total_samples=None if config.train.max_steps is not None else whole_run,
             source=source,
             callbacks=watchers,

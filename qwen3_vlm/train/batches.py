@@ -82,6 +82,8 @@ class StepBatches:
         self._micro_batch_size = micro_batch_size
         self.num_micro_batches = global_batch_size // (micro_batch_size * topology.dp_size)
         self._gather_keys = gather_keys
+        self.epoch = 0
+        """Passes that all data-parallel ranks have completed; a resumed run sets it."""
 
     def next_step(self) -> StepBatch | None:
         """The next global batch, or None where an epoch ends; the following call starts the next epoch.
@@ -92,6 +94,7 @@ class StepBatches:
         micro_batches = self._read() if self._loader is not None else None
         counts = self._count(micro_batches)
         if counts.rows == 0:
+            self.epoch += 1
             return None
         batch = StepBatch(micro_batches=self._share(micro_batches), counts=counts)
         if self._loader is not None and micro_batches is not None:
@@ -105,8 +108,11 @@ class StepBatches:
         assert self._loader is not None
         rows: list[PackedRow] = []
         wanted = self.num_micro_batches * self._micro_batch_size
-        while len(rows) < wanted and (row := self._loader.next_row()) is not None:
-            rows.append(row)
+        # A rank that is at the end of its pass waits there until all are: its loader is then one epoch ahead.
+        while len(rows) < wanted and self._loader.epoch == self.epoch:
+            row = self._loader.next_row()
+            if row is not None:
+                rows.append(row)
         self._rows_read = len(rows)
         padding = empty_row(seq_length=self._seq_length, pad_id=self._pad_id, modalities=self._modalities)
         rows += [padding] * (wanted - len(rows))

@@ -32,37 +32,41 @@ def tokens_per_sample(config: RunConfig, report: Mapping[str, Any]) -> float:
 
 
 def estimate_steps(config: RunConfig, samples: int, report: Mapping[str, Any] | None) -> int | None:
-    """Steps that the run is expected to take; None if the data's lengths are unknown (a metadataset without report)."""
+    """Steps that the run is expected to take; None if train.max_steps says it, or if the data's lengths are unknown.
+
+    Args:
+        config: the run.
+        samples: of one pass over the training split.
+        report: of the data's preparation, if there is one.
+    """
+    if config.train.max_steps is not None or (config.data.pack and report is None):
+        return None
     rows = float(total_samples(config, samples))
-    if config.data.pack:
-        if report is None:
-            return None
+    if config.data.pack and report is not None:
         rows *= tokens_per_sample(config, report) / config.train.seq_length
     return max(1, math.ceil(rows / config.train.global_batch_size))
 
 
-def describe_run(config: RunConfig, topology: Topology, *, samples: int, report: Mapping[str, Any] | None) -> list[str]:
+def describe_run(config: RunConfig, topology: Topology, *, samples: int, estimate: int | None) -> list[str]:
     """Lines for the log.
 
     Args:
         config: the run.
         topology: where it runs.
         samples: of one pass over the training split.
-        report: of the data's preparation, if there is one.
+        estimate: from `estimate_steps`.
     """
     t, p = config.train, config.parallel
     accumulation = t.global_batch_size // (t.micro_batch_size * topology.dp_size)
     if t.max_steps is not None:
         length = f"{t.max_steps:,} steps (train.max_steps)"
     else:
-        steps = estimate_steps(config, samples, report)
-        expected = "unknown" if steps is None else f"{steps:,}"
-        length = f"{t.epochs:g} epochs = {total_samples(config, samples):,} samples; estimated steps: {expected}"
+        steps = "unknown" if estimate is None else f"{estimate:,}"
+        length = f"{t.epochs:g} epochs = {total_samples(config, samples):,} samples; estimated steps: {steps}"
+    tokens = f"{t.global_batch_size} x {t.seq_length} = {t.global_batch_size * t.seq_length:,} tokens a step"
     return [
         f"world {topology.world_size} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {topology.dp_size}",
-        f"global batch {t.global_batch_size} rows = micro batch {t.micro_batch_size} x {accumulation} micro batches "
-        "x dp "
-        f"{topology.dp_size}; {t.global_batch_size} x {t.seq_length} = {t.global_batch_size * t.seq_length:,} "
-        "tokens a step",
+        f"global batch {t.global_batch_size} rows = micro batch {t.micro_batch_size} x {accumulation} micro batches x "
+        f"dp {topology.dp_size}; {tokens}",
         f"{samples:,} training samples; {length}",
     ]

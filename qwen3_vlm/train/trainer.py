@@ -48,6 +48,7 @@ class Trainer:
         optimizer, schedule: what updates it.
         batches: the run's data; `loader` is this rank's reader, None where it does not read.
         total_samples: samples of the whole run, by which it ends and the schedule runs; None if train.max_steps is set.
+        estimated_steps: what the log compares the truth with; None if there is no estimate.
         source: the checkpoint that the run started from: its tokenizer and image processor go into every save.
         callbacks: watchers; only rank 0 has any.
     """
@@ -64,6 +65,7 @@ class Trainer:
         batches: StepBatches,
         loader: RowLoader | None,
         total_samples: int | None,
+        estimated_steps: int | None,
         source: Path,
         callbacks: Sequence[Callback],
     ):
@@ -76,6 +78,7 @@ class Trainer:
         self.batches = batches
         self.loader = loader
         self.total_samples = total_samples
+        self.estimated_steps = estimated_steps
         self.source = source
         self.callbacks = callbacks
         self.exp_dir = Path(config.exp_dir)
@@ -107,7 +110,8 @@ class Trainer:
                     saved_at = self.progress.step
             if saved_at != self.progress.step:
                 self.save()
-            log.info("done: %s", self._describe_progress())
+            estimate = "" if self.estimated_steps is None else f"; {self.estimated_steps:,} steps were estimated"
+            log.info("done: %s%s", self._describe_progress(), estimate)
         finally:
             for callback in self.callbacks:
                 callback.on_end()
@@ -170,7 +174,7 @@ class Trainer:
         """
         if rows == 0 and self.progress.samples == 0:
             raise DataError(f"{self.config.data.path} yields no rows: its training split is empty")
-        self.progress.epoch += 1
+        self.progress.epoch = self.batches.epoch
         log.info("an epoch ends: %s", self._describe_progress())
 
     def _describe_progress(self) -> str:
@@ -181,7 +185,7 @@ class Trainer:
         """Keep the run as it stands; complete only when the manifest and then `latest` are written."""
         directory = layout.step_dir(self.exp_dir, self.progress.step)
         if self.topology.rank == 0:
-            layout.start(directory)
+            layout.start(directory, replace=True)
             (directory / layout.DATA).mkdir()
             layout.copy_processor(self.source, directory)
         dist.barrier()
@@ -214,6 +218,7 @@ class Trainer:
         if self.loader is not None:
             self.loader.load_state_dict(torch.load(self._data_file(directory), weights_only=True))
         self.progress = Progress(**saved)
+        self.batches.epoch = self.progress.epoch
         log.info("resumed %s at step %d", directory, self.progress.step)
 
     def _check_resumable(self, directory: Path, was: dict[str, int]) -> None:
