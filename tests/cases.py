@@ -112,7 +112,9 @@ class Case:
             llm=Qwen3ForCausalLM.from_pretrained(self.folder / "llm", dtype=torch.float32).eval(),
             tower=SiglipVisionModel.from_pretrained(self.folder / "tower", dtype=torch.float32).eval(),
             tokenizer=AutoTokenizer.from_pretrained(self.folder / "llm"),
-            connector={k.removeprefix(tower): v for k, v in state.items() if k.startswith(tower) and "encoder.block" not in k},
+            connector={
+                k.removeprefix(tower): v for k, v in state.items() if k.startswith(tower) and "encoder.block" not in k
+            },
             num_tokens=self.spec.num_tokens,
             pooled=self.spec.latent_init == "pooled",
             feature_layer=self.spec.feature_layer,
@@ -146,7 +148,7 @@ def prompt(name: str) -> Prompt:
     )
 
 
-def random_connector(modality, decoder, tower, *, seed, dtype) -> dict[str, Tensor]:  # noqa: ANN001 (fresh_connector's own)
+def random_connector(modality, decoder, tower, *, seed, dtype) -> dict[str, Tensor]:
     """`fresh_connector` with noise in every tensor: a fresh one's norms are identities and would hide a mix-up."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

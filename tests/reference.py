@@ -37,7 +37,9 @@ class Reference:
         """Plain ChatML with the assistant's header at its end; `<image>` is start, N pads, end."""
         text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
         media = "<|vision_start|>" + "<|image_pad|>" * self.num_tokens + "<|vision_end|>"
-        return self.tokenizer.encode(text.replace("<image>", media) + "<|im_start|>assistant\n", add_special_tokens=False)
+        return self.tokenizer.encode(
+            text.replace("<image>", media) + "<|im_start|>assistant\n", add_special_tokens=False
+        )
 
     def pixels(self, files: Sequence[Mapping[str, object]] | Sequence[object]) -> Tensor:
         """Images as transformers prepares them: [i, 3, H, W] FP32."""

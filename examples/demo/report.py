@@ -19,10 +19,10 @@ from qwen3_vlm.data.inspect import draw_row
 from qwen3_vlm.data.loader import RowLoader
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.eval.exact_match import Answered, Question
-from qwen3_vlm.eval.report import STYLE, answers_table, png_tag
+from qwen3_vlm.eval.report import STYLE, answer_cards, png_tag
 from qwen3_vlm.modality.registry import build_modalities
 
-SHOWN_ANSWERS = 16
+SHOWN_ANSWERS = 20
 
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
     """<!doctype html><html lang="en"><meta charset="utf-8"><title>qwen3_vlm demo</title>{{ style }}
@@ -38,14 +38,15 @@ for name, s in summary.stages.items() %}<tr><td>{{ name }}</td><td>{{ s.steps }}
 "%.3f"|format(e.exact_match) }}</b></td></tr> <tr><th>with another question's image</th><td>{{
 "%.3f"|format(e.exact_match_images_shuffled) }}</td></tr> <tr><th>best constant answer per question</th><td>{{
 "%.3f"|format(e.chance) }}</td></tr> <tr><th>before training</th><td>{{ "%.3f"|format(e.exact_match_before)
-}}</td></tr>{% endfor %}</table> <h2>Loss</h2>{{ curves }} <h2>One packed row of stage 1, as the model sees it</h2>
+}}</td></tr>{% endfor %}</table> <h2>Loss</h2>{{ curves }} <h2>Answers on held-out images</h2>{{ answers }}
+<h2>One packed row of stage 1, as the model sees it</h2>
 <p>Every colour is a document that sees no other; yellow tokens count in the loss; each picture stands where its visual
-tokens stand.</p>{{ row }} <h2>Answers on held-out images</h2>{{ answers }}</html>"""
+tokens stand.</p>{{ row }}</html>"""
 )
 
 
 def _curves(out: Path, stages: list[str]) -> Markup:
-    figure, axes = plt.subplots(1, len(stages), figsize=(5.2 * len(stages), 3.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(stages), figsize=(4.8 * len(stages), 3.0), layout="constrained", squeeze=False)
     for axis, stage in zip(axes[0], stages, strict=True):
         steps = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
         axis.plot([s["step"] for s in steps], [s["loss"] for s in steps], linewidth=1.2)
@@ -85,7 +86,7 @@ def _answers(file: Path) -> Markup:
         )
         for r in rows
     ]
-    return answers_table(answered)
+    return answer_cards(answered)
 
 
 def write_report(out: Path, summary: dict[str, Any]) -> None:

@@ -158,7 +158,7 @@ def start(checkpoint: Path, *, replace: bool = False) -> None:
 
     Args:
         checkpoint: the folder.
-        replace: also remove a complete checkpoint: a run that was killed before `latest` named it saves this step again.
+        replace: also remove a complete checkpoint: a run killed before `latest` named it saves the step again.
 
     Raises:
         CheckpointError: a complete checkpoint (unless it may be replaced) or something else stands there already.

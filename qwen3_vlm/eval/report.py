@@ -19,15 +19,19 @@ STYLE = Markup(
     "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1c1c22}"
     "h1,h2{font-weight:600}table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ddd;padding:.35em .7em;"
     "text-align:left;vertical-align:top}th{background:#f5f5f8}code{background:#f5f5f8;padding:0 .2em}"
-    ".right{color:#11743b}.wrong{color:#b3261e}img{vertical-align:middle;margin:2px;border-radius:3px}</style>"
+    ".right{color:#11743b}.wrong{color:#b3261e}.cards{display:flex;flex-wrap:wrap;gap:10px}"
+    ".card{border:1px solid #ddd;border-radius:6px;padding:8px;width:188px}.pictures{min-height:150px}"
+    ".prompt,.truth{color:#666;font-size:12px}img{max-width:100%;vertical-align:middle;margin:2px;border-radius:3px}</style>"
 )
 
 _ANSWERS = _ENVIRONMENT.from_string(
-    """<table><tr><th>images</th><th>prompt</th><th>answer</th><th>truth</th></tr>
-{% for a in answered %}<tr><td>{% for p in a.question.images %}{{ thumbnail(p) }}{% endfor %}</td>
-<td>{{ a.question.question }}</td><td class="{{ 'right' if a.is_right else 'wrong' }}">{{ a.said }}</td>
-<td>{{ a.question.answer }}</td></tr>
-{% endfor %}</table>"""
+    """<div class="cards">
+{% for a in answered %}<div class="card"><div class="pictures">{% for p in a.question.images %}{{ thumbnail(p) }}
+{% endfor %}</div>
+<div class="prompt">{{ a.question.question }}</div>
+<div><b class="{{ 'right' if a.is_right else 'wrong' }}">{{ a.said }}</b></div>
+<div class="truth">truth: {{ a.question.answer }}</div></div>
+{% endfor %}</div>"""
 )
 
 _PAGE = _ENVIRONMENT.from_string(
@@ -57,11 +61,11 @@ def png_tag(image: Image.Image) -> Markup:
     return Markup('<img src="data:image/png;base64,{}" width="{}" height="{}">').format(data, image.width, image.height)
 
 
-def answers_table(answered: Sequence[Answered]) -> Markup:
-    """A table of images, prompt, answer and truth."""
+def answer_cards(answered: Sequence[Answered]) -> Markup:
+    """A card for each question: its images, prompt, answer and truth."""
     return Markup(_ANSWERS.render(answered=answered, thumbnail=thumbnail))
 
 
 def evaluation_page(title: str, score: ExactMatch, answered: Sequence[Answered]) -> str:
     """The page that tools/evaluate.py writes."""
-    return _PAGE.render(title=title, style=STYLE, score=score, answers=answers_table(answered))
+    return _PAGE.render(title=title, style=STYLE, score=score, answers=answer_cards(answered))

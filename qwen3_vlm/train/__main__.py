@@ -143,7 +143,7 @@ def train(config: "RunConfig") -> None:
             watchers += [callbacks.SampleKeysFile(exp_dir)] if config.logging.sample_keys else []
             watchers += [callbacks.TensorBoard(exp_dir)] if config.logging.tensorboard else []
             watchers += [callbacks.ProgressBar()] if config.logging.progress_bar else []
-        Trainer(
+        trainer = Trainer(
             config=config,
             topology=topology,
             model=model,
@@ -165,7 +165,12 @@ def train(config: "RunConfig") -> None:
             total_samples=None if config.train.max_steps is not None else whole_run,
             source=source,
             callbacks=watchers,
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        finally:
+            if loader is not None:
+                loader.close()
     finally:
         topologies.shutdown()
 

@@ -7,12 +7,14 @@ A start costs about ten seconds of imports, so a test module makes one and asks 
 order and stop at the first that fails on any of them: what follows counts as not run.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,17 +86,24 @@ def run_group(command: Sequence[str], *, timeout_s: float) -> Finished:
     """Run a command with all its descendants in one process group, which is killed as a whole at the time limit."""
     root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
+    with tempfile.TemporaryFile(
+        "w+", errors="replace"
+    ) as output:  # a pipe would stay open as long as any descendant lives
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         timed_out = False
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        timed_out = True
-    return Finished(returncode=process.returncode, output=output, timed_out=timed_out)
+        try:
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # what a killed process leaves behind: data workers, the save's manager
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        output.seek(0)
+        return Finished(returncode=process.returncode, output=output.read(), timed_out=timed_out)
 
 
 def _read(file: Path) -> dict[str, str]:

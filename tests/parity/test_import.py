@@ -128,7 +128,11 @@ def misshapen(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {name: tensors[name][:-1]}
 
 
-NORM, KEY, EXTRA = "model.layers.1.self_attn.q_norm.weight", "model.layers.0.self_attn.k_proj.weight", "model.extra.bias"
+NORM, KEY, EXTRA = (
+    "model.layers.1.self_attn.q_norm.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "model.extra.bias",
+)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,7 @@ import pytest
 
 from qwen3_vlm.parallel.topology import Topology
 from tests.hf_folders import import_folders, write_llm, write_tower
-from tests.train.runs import Run, overrides, prepared, row, train
-
-TWO_EPOCHS = ("train.epochs=2", "optim.lr=0.01")
+from tests.train.runs import TWO_EPOCHS, Run, overrides, prepared, row, train
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from tests.images import jpeg
 
 TIMES = ("step_time_s", "tokens_per_s", "images_per_s")
 """Keys of metrics.jsonl that no two runs share."""
+TWO_EPOCHS = ("train.epochs=2", "optim.lr=0.01")
+"""Length of the runs that are compared with each other."""
 Row = dict[str, Any]
 
 
@@ -97,7 +99,9 @@ def overrides(checkpoint: Path, data: Path, exp_dir: Path, *more: str) -> list[s
     ]
 
 
-def train(arguments: Sequence[str], *, num_processes: int = 1, die_at: str | None = None, timeout_s: float = 240) -> Finished:
+def train(
+    arguments: Sequence[str], *, num_processes: int = 1, die_at: str | None = None, timeout_s: float = 240
+) -> Finished:
     """`python -m qwen3_vlm.train --config-name stage1_align ...`, under torchrun with several processes.
 
     Args:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import TWO_EPOCHS
-from tests.train.runs import Run, overrides, train
+from tests.train.runs import TWO_EPOCHS, Run, overrides, train
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

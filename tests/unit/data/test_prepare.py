@@ -170,6 +170,5 @@ def test_command_line(tmp_path: Path, images: Path):
     assert json.loads(done.stdout) == json.loads((out / "report.json").read_text())
     failed = subprocess.run([*command, str(out), "--val-fraction", "2"], capture_output=True, text=True)
     assert (
-        failed.returncode == 1
-        and failed.stderr.strip() == "error: val_fraction is 2.0, expected 0 <= val_fraction < 1"
+        failed.returncode == 1 and failed.stderr.strip() == "error: val_fraction is 2.0, expected 0 <= val_fraction < 1"
     )
