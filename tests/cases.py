@@ -5,7 +5,7 @@ Files of a case: llm/ and tower/ (Hugging Face), ckpt/ (the import), expected.pt
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipVisionModel
 
 from qwen3_vlm.checkpoint.load import LoadedModel, load_vlm
 from qwen3_vlm.config.schema import ParallelConfig, PrecisionConfig
 from qwen3_vlm.convert.connector import connector_shapes
 from qwen3_vlm.data.sample import Message
 from qwen3_vlm.eval.generate import GreedyGenerator, Prompt
+from qwen3_vlm.parallel.backend import select_backend
 from qwen3_vlm.parallel.topology import Topology
 from tests.hf_folders import import_folders, write_llm, write_tower
 from tests.images import jpeg
@@ -27,7 +28,7 @@ from tests.reference import Reference, Turn
 
 FP32 = PrecisionConfig(name="fp32", params_dtype="fp32")
 TOLERANCE = 1e-4
-"""What issue 2 allows between FP32 logits; worst measured over all cases and layouts: see test_logits.py, test_layouts.py."""
+"""What issue 2 allows between FP32 logits; what was measured stands in test_logits.py and test_layouts.py."""
 VOCAB_SIZE = 275
 """Divisible by neither 2 nor 4: the padding rows of the vocabulary are exercised."""
 NEW_TOKENS = 6
@@ -104,8 +105,6 @@ class Case:
 
     def reference(self, topology: Topology) -> Reference:
         """The same model in plain torch, its connector read from the checkpoint."""
-        from transformers import Qwen3ForCausalLM, SiglipVisionModel
-
         state = self.load(ParallelConfig(), topology).model.state_dict()
         tower = "towers.image."
         return Reference(
@@ -121,16 +120,13 @@ class Case:
         )
 
 
-def open_cases(folder: Path, names: Iterator[str] | Mapping[str, Spec]) -> dict[str, Case]:
+def open_cases(folder: Path, names: Iterable[str]) -> dict[str, Case]:
     """Cases that `write_cases` wrote into a folder."""
     return {name: Case(folder / name, SPECS[name]) for name in names}
 
 
 def write_cases(folder: Path) -> dict[str, Case]:
     """Write every case; the process needs a topology of one."""
-    from qwen3_vlm.parallel.backend import select_backend
-    from qwen3_vlm.parallel.topology import Topology
-
     alone = Topology(
         backend=select_backend(), rank=0, world_size=1, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1
     )

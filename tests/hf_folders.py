@@ -47,7 +47,7 @@ def write_tokenizer(folder: Path, *, more_special: Sequence[str] = ()) -> PreTra
 
 
 def randomize(model: torch.nn.Module, seed: int, std: float = 0.1) -> None:
-    """Fill every parameter with seeded noise, norms around 1, so that no tensor is left at a value that hides a mistake."""
+    """Fill every parameter with seeded noise, norms around 1: no tensor is left at a value that hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -1,7 +1,7 @@
 """The whole model a second time, written from DESIGN.md's words: transformers' Qwen3 and SigLIP, and a plain connector.
 
-Nothing here calls the package. The connector takes its tensors from a checkpoint's state dict (one process), the rest comes from
-the transformers models that the checkpoint was imported from.
+Nothing here calls the package. The connector takes its tensors from a checkpoint's state dict (one process), the rest
+comes from the transformers models that the checkpoint was imported from.
 """
 
 import math
@@ -28,7 +28,7 @@ class Reference:
     tower: SiglipVisionModel
     tokenizer: PreTrainedTokenizerFast
     connector: Mapping[str, Tensor]
-    """`resampler.*` and `projector.*` of the checkpoint, without the tower's prefix."""
+    """`resampler.*` and `projector.*` of the checkpoint, without the tower's prefix; other names are ignored."""
     num_tokens: int
     pooled: bool
     feature_layer: int = -1
@@ -41,7 +41,7 @@ class Reference:
             text.replace("<image>", media) + "<|im_start|>assistant\n", add_special_tokens=False
         )
 
-    def pixels(self, files: Sequence[Mapping[str, object]] | Sequence[object]) -> Tensor:
+    def pixels(self, files: Sequence[str]) -> Tensor:
         """Images as transformers prepares them: [i, 3, H, W] FP32."""
         side = self.tower.config.image_size
         processor = SiglipImageProcessorPil(size={"height": side, "width": side})
@@ -59,7 +59,7 @@ class Reference:
         return torch.stack([self._project(self._resample(one)) for one in features])
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int], files: Sequence[object]) -> Tensor:
+    def logits(self, ids: Sequence[int], files: Sequence[str]) -> Tensor:
         """[n, v] logits of one document."""
         tokens = torch.tensor(ids)
         embedded = self.llm.get_input_embeddings()(tokens).clone()
@@ -68,7 +68,7 @@ class Reference:
             embedded[tokens == pad] = self.embeddings(self.features(self.pixels(files))).flatten(0, 1)
         return self.llm(inputs_embeds=embedded[None]).logits[0]
 
-    def greedy(self, ids: Sequence[int], files: Sequence[object], *, max_new_tokens: int) -> list[int]:
+    def greedy(self, ids: Sequence[int], files: Sequence[str], *, max_new_tokens: int) -> list[int]:
         """The most likely tokens, one at a time, up to an end token."""
         stop = set(self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
         answer: list[int] = []

@@ -81,7 +81,7 @@ def train(config: "RunConfig") -> None:
     from qwen3_vlm.train import callbacks
     from qwen3_vlm.train.batches import StepBatches
     from qwen3_vlm.train.optimizer import ProgressSchedule, build_optimizer
-    from qwen3_vlm.train.plan import describe_run, estimate_steps, total_samples
+    from qwen3_vlm.train.plan import check_architecture, describe_run, estimate_steps, total_samples
     from qwen3_vlm.train.trainer import Trainer
 
     log = get_logger("qwen3_vlm.train")
@@ -92,7 +92,9 @@ def train(config: "RunConfig") -> None:
             "and give its --out."
         )
     exp_dir = Path(config.exp_dir)
-    source = layout.resolve(config.checkpoint.init_from)
+    resumed = layout.latest_step_dir(exp_dir)
+    source = resumed or layout.resolve(config.checkpoint.init_from)
+    check_architecture(config, layout.read_architecture(source), source)
     topology = topologies.initialize(config.parallel, seed=config.train.seed)
     try:
         if topology.rank == 0:
@@ -117,7 +119,8 @@ def train(config: "RunConfig") -> None:
                 topology=topology,
                 deterministic=config.train.deterministic,
             ),
-            lambda stage: sharded.load_model(stage, source / layout.STATE),
+            # A resumed run is filled later, together with its optimizer.
+            lambda stage: None if resumed else sharded.load_model(stage, source / layout.STATE),
             trainable=config.train.trainable,
             precision=config.precision,
             device=topology.backend.device,

@@ -1,16 +1,45 @@
 """Derived numbers of a run, computed once and printed with their arithmetic before it starts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from qwen3_vlm.checkpoint.layout import Architecture
+from qwen3_vlm.config.compose import to_dict
 from qwen3_vlm.config.schema import RunConfig
+from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.parallel.topology import Topology
 
 CHARACTERS_PER_TOKEN = 4.0
 """English text with Qwen3's tokenizer, roughly; only the estimate of steps depends on it."""
 CHAT_TOKENS_PER_SAMPLE = 10
 """<|im_start|>, role, newline, <|im_end|>, newline of a question and its answer."""
+
+
+def check_architecture(config: RunConfig, stored: Architecture, source: Path) -> None:
+    """Compare the model that the run asks for with the one that its checkpoint holds.
+
+    Raises:
+        ConfigError: they differ in more than the name of the size.
+    """
+    asked = {"model": to_dict(config.model), "modality": to_dict(config.modality)}
+    found = {"model": to_dict(stored.model), "modality": to_dict(stored.modality)}
+    asked["model"]["name"] = found["model"]["name"]
+    different = [f"{key}: {a!r} asked, {b!r} in the checkpoint" for key, a, b in _leaf_pairs(asked, found) if a != b]
+    if different:
+        raise ConfigError(
+            f"{source} holds another model than the run asks for ({len(different)} differences, e.g. {different[0]}). "
+            "Use model=from_checkpoint, or the checkpoint of this model."
+        )
+
+
+def _leaf_pairs(asked: Any, found: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(asked, dict) and isinstance(found, dict):
+        for key in sorted({*asked, *found}):
+            yield from _leaf_pairs(asked.get(key), found.get(key), f"{path}.{key}" if path else key)
+    else:
+        yield path, asked, found
 
 
 def total_samples(config: RunConfig, samples: int) -> int:

@@ -187,7 +187,8 @@ class Trainer:
         if self.topology.rank == 0:
             layout.start(directory, replace=True)
             (directory / layout.DATA).mkdir()
-            layout.copy_processor(self.source, directory)
+            # Not the source's once there is a save: a source that is an earlier step of this run may be pruned by now.
+            layout.copy_processor(layout.latest_step_dir(self.exp_dir) or self.source, directory)
         dist.barrier()
         sharded.save_run(self.model, self._run_state(), directory / layout.STATE)
         if self.loader is not None:

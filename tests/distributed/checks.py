@@ -29,7 +29,7 @@ SPLIT_DIM = {
     "linear_fc1.bias": 0,
     "linear_fc2.weight": 1,
 }
-"""End of a parameter's name -> the dimension that tensor parallelism cuts; every other parameter is whole on every rank."""
+"""End of a parameter's name -> the dimension that tensor parallelism cuts; all other parameters are whole everywhere."""
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
     results = launch([check_logits, check_shapes], num_processes=2, folder=tmp_path)
     results.require(check_logits)      # fails with the tracebacks of all ranks
 
-A start costs about ten seconds of imports, so a test module makes one and asks for each check by name. The ranks run the checks in
-order and stop at the first that fails on any of them: what follows counts as not run.
+A start costs about ten seconds of imports, so a test module makes one and asks for each check by name. The ranks run
+the checks in order and stop at the first that fails on any of them: what follows counts as not run.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""An imported model at tensor- and pipeline-parallel layouts answers as transformers does, and its parts are really cut.
+"""An imported model, tensor- and pipeline-parallel, answers as transformers does, and its parts are really cut.
 
 Worst difference of logits (magnitude 4 to 12): see below.
 """

@@ -73,7 +73,7 @@ def test_every_tensor_is_kept_bit_for_bit(topology: Topology, tmp_path: Path, dt
 def test_forms_of_a_siglip_folder_are_the_same_tower(
     topology: Topology, tmp_path: Path, folders: tuple[Path, Path], form: str
 ):
-    """Keys with and without `vision_model.`, alone or beside a text tower: equal tensors, and a list of what is dropped."""
+    """Keys with and without `vision_model.`, alone or beside a text tower: equal tensors; what is dropped is listed."""
     llm, _ = folders
     whole = write_siglip(tmp_path / "siglip")
     vision = {name: t for name, t in whole.state_dict().items() if name.startswith("vision_model.")}
@@ -219,8 +219,8 @@ def test_a_seed_gives_the_same_checkpoint(topology: Topology, tmp_path: Path, fo
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_an_unset_seed_of_the_connector_is_visible(cases: dict[str, Case], topology: Topology):
-    """The random connector of the cases reached the model: parity would else compare identities."""
+def test_the_cases_connectors_are_no_fresh_ones(cases: dict[str, Case], topology: Topology):
+    """The noise of `random_connector` reached the model: parity would else compare norms that are identities."""
     state = cases["kv1_tied"].load(ParallelConfig(), topology).model.state_dict()
     norm = state["towers.image.resampler.layers.0.feature_norm.weight"]
     assert (norm - 1).abs().min() > 0

@@ -1,4 +1,4 @@
-"""`python -m tests.train.mortal MOMENT:STEP ...`: the trainer's command line, in a process that SIGKILLs itself on the way.
+"""`python -m tests.train.mortal MOMENT:STEP ...`: the trainer, in a process that SIGKILLs itself on the way.
 
 step:4       after the update of step 4, before anything of it is recorded
 save:4       in the save of step 4, when all is written but the manifest

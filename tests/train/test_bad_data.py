@@ -44,7 +44,7 @@ def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         line("outside", ["../secret.jpg"]),
         line("absolute", [str(folder / "secret.jpg")]),
         json.dumps({"id": "form", "messages": "What?"}),
-        "{not JSON",
+        "{not JSON}",
     ]
     out = prepared(folder, [row(n) for n in range(GOOD)], extra_lines=lines)
     good = (folder / "images" / "s0_0.jpg").read_bytes()

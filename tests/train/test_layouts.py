@@ -68,7 +68,7 @@ def test_losses_and_gradient_norms_are_those_of_one_process(results: tuple[Path,
 
 
 def test_data_parallel_ranks_see_every_sample_once_an_epoch(checkpoint: Path, tmp_path: Path):
-    """An odd number of rows, ranks with and without images in a step, and steps without any image: no hang, none lost."""
+    """An odd number of rows, ranks with and without images in a step, steps without any image: no hang, none lost."""
     count = 11
     images = [2 if n == 4 else int(n in (1, 9)) for n in range(count)]
     data = prepared(tmp_path / "data", [row(n, images=i) for n, i in enumerate(images)])

@@ -1,5 +1,7 @@
 """RMSNorm and attention of the machine without TransformerEngine."""
 
+import itertools
+
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -66,7 +68,7 @@ def test_packed_documents_are_attended_one_by_one(topology: Topology, bounds: li
     q, k, v = noise(7, 4, 8), noise(7, 2, 8, seed=1), noise(7, 2, 8, seed=2)
     out = attention()(q, k, v, packed_seq_params=packed(bounds))
     assert out.shape == (7, 1, 32)
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         alone = attention()(q[a:b, None], k[a:b, None], v[a:b, None])
         assert torch.equal(out[a:b], alone)
 
