@@ -117,7 +117,10 @@ class RowLoader:
         if self._rows is None:
             self._rows = iter(self._loader)
         while len(self._ended_workers) < max(1, self._config.num_workers):
-            row = next(self._rows)
+            try:
+                row = next(self._rows)
+            except DataError as error:  # from a worker, torch puts its own words and the whole traceback in front
+                raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
             if not isinstance(row, EndOfPass):
                 return row
             self._ended_workers.add(row.worker_id)

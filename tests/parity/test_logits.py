@@ -1,6 +1,6 @@
 """FP32 logits and features of imported models equal transformers' in one process.
 
-Worst measured difference: see the assertions; logits here are of magnitude 10, features of magnitude 3.
+Logits are of magnitude 3 (largest 4.4), features of magnitude 4.
 """
 
 import pytest
@@ -16,20 +16,19 @@ ALONE = ParallelConfig()
 
 @pytest.mark.parametrize("name", SPECS)
 def test_logits_equal_transformers(cases: dict[str, Case], topology: Topology, name: str):
-    """Worst: XX."""
+    """Worst difference measured: 0 without images, 3.1e-6 with them (n9_learned)."""
     case = cases[name]
     generator = case.generator(ALONE, topology)
     together = generator.logits([prompt(p) for p in PROMPTS])
     for p, packed in zip(PROMPTS, together, strict=True):
         (alone,) = generator.logits([prompt(p)])
-        print("WORST", name, p, (alone - case.expected[p]).abs().max(), alone.abs().max())
         for got in (alone, packed):
             torch.testing.assert_close(got, case.expected[p], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["kv1_tied", "n9_pooled_layer_2"])
 def test_tower_features_equal_transformers(cases: dict[str, Case], topology: Topology, name: str):
-    """Worst: XX."""
+    """Worst difference measured: 1.5e-6."""
     case = cases[name]
     loaded = case.load(ALONE, topology)
     pixels = torch.stack([loaded.modalities["image"].preprocess(jpeg(seed)) for seed in range(3)])
@@ -38,7 +37,6 @@ def test_tower_features_equal_transformers(cases: dict[str, Case], topology: Top
     reference = case.reference(topology)
     expected = reference.features(reference.pixels([jpeg_file(seed, case.folder) for seed in range(3)]))
     assert features_piw.shape == (16, 3, 48)
-    print("WORST tower", (features_piw.transpose(0, 1) - expected).abs().max(), expected.abs().max())
     torch.testing.assert_close(features_piw.transpose(0, 1), expected, atol=TOLERANCE, rtol=0)
 
 

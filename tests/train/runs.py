@@ -16,7 +16,8 @@ from tests.images import jpeg
 
 TIMES = ("step_time_s", "tokens_per_s", "images_per_s")
 """Keys of metrics.jsonl that no two runs share."""
-TWO_EPOCHS = ("train.epochs=2", "optim.lr=0.01")
+LR = 0.003
+TWO_EPOCHS = ("train.epochs=2", f"optim.lr={LR}")
 """Length of the runs that are compared with each other."""
 Row = dict[str, Any]
 

@@ -52,14 +52,13 @@ def results(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("check", LAYOUTS, ids=lambda check: check.__name__)
 def test_losses_and_gradient_norms_are_those_of_one_process(results: tuple[Path, Results], straight: Run, check: Check):
-    """Worst relative difference: loss XX, gradient norm XX."""
+    """Worst relative difference: tp2 loss 1e-7, gradient norm 2.3e-6; pp2 none."""
     folder, outcome = results
     outcome.require(check)
     run = Run(folder / check.__name__)
     assert run.keys == straight.keys
     floats = ("loss", "grad_norm")
     for got, expected in zip(run.metrics, straight.metrics, strict=True):
-        print("WORST", check.__name__, {k: abs(got[k] / expected[k] - 1) for k in floats})
         for name in floats:
             assert got[name] == pytest.approx(expected[name], rel=1e-5, abs=0), (got["step"], name)
         assert {k: v for k, v in got.items() if k not in floats} == {

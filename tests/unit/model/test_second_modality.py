@@ -75,7 +75,9 @@ class ToneModality(Modality):
 class ToneEncoder(MegatronModule):
     """One linear layer: [i, 3] -> [length, i, w]."""
 
-    def __init__(self, config: ToneEncoderConfig, parallel: ParallelConfig, precision: PrecisionConfig, backend: Backend):
+    def __init__(
+        self, config: ToneEncoderConfig, parallel: ParallelConfig, precision: PrecisionConfig, backend: Backend
+    ):
         resampler = ResamplerConfig()
         super().__init__(
             config=megatron_config.resampler_transformer_config(resampler, config, parallel, precision, backend)  # type: ignore[arg-type]

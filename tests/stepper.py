@@ -1,0 +1,110 @@
+"""Optimizer steps on documents given in the test, without a data set: at any layout, with any parts training."""
+
+from collections.abc import Sequence
+
+import torch
+
+from qwen3_vlm.checkpoint import layout, sharded
+from qwen3_vlm.config.schema import OptimConfig, ParallelConfig
+from qwen3_vlm.data.chat import ChatEncoder
+from qwen3_vlm.data.packing import collate_rows, empty_row, pack_row
+from qwen3_vlm.data.sample import EncodedSample, Message, MicroBatch
+from qwen3_vlm.data.tokenizer import ChatTokenizer
+from qwen3_vlm.modality.registry import build_modalities
+from qwen3_vlm.model.vlm import VLM
+from qwen3_vlm.parallel.apply import build_stage
+from qwen3_vlm.parallel.topology import Topology
+from qwen3_vlm.train.batches import StepBatch, StepCounts
+from qwen3_vlm.train.optimizer import ProgressSchedule, build_optimizer
+from qwen3_vlm.train.step import StepResult, train_step
+from tests.cases import FP32, Case
+from tests.images import jpeg
+from tests.reference import Turn
+
+SEQ_LENGTH = 192
+DOCUMENTS: list[tuple[list[Turn], list[int]]] = [
+    (
+        [
+            ("system", "Be brief."),
+            ("user", "<image> and <image>?"),
+            ("assistant", "A cat."),
+            ("user", "Both?"),
+            ("assistant", "Yes."),
+        ],
+        [5, 6],
+    ),
+    ([("user", "Say a word."), ("assistant", "Word.")], []),
+]
+"""Turns, and seeds of their images."""
+
+
+CONNECTOR = ("image.resampler", "image.projector")
+EVERYTHING = ("decoder", "image.encoder", *CONNECTOR)
+
+
+class Stepper:
+    """This rank's stage of a case's model, which takes steps on given rows of documents."""
+
+    def __init__(
+        self,
+        case: Case,
+        topology: Topology,
+        parallel: ParallelConfig | None = None,
+        trainable: Sequence[str] = CONNECTOR,
+    ):
+        parallel = parallel or ParallelConfig()
+        self.topology = topology
+        architecture = layout.read_architecture(case.checkpoint)
+        self.modalities = build_modalities(architecture.modality)
+        self.tokenizer = ChatTokenizer.from_folder(case.checkpoint / layout.PROCESSOR, self.modalities)
+        self.model, self.wrapped = build_stage(
+            lambda: VLM(
+                decoder=architecture.model,
+                modalities=architecture.modality,
+                parallel=parallel,
+                precision=FP32,
+                topology=topology,
+            ),
+            lambda stage: sharded.load_model(stage, case.checkpoint / layout.STATE),
+            trainable=trainable,
+            precision=FP32,
+            device=topology.backend.device,
+        )
+        optim = OptimConfig(lr=1e-3, warmup_fraction=0.0, decay="constant")
+        self.optimizer = build_optimizer(optim, FP32, self.wrapped)
+        self.schedule = ProgressSchedule(self.optimizer, optim, 10)
+
+    def document(self, turns: Sequence[Turn], seeds: Sequence[int]) -> EncodedSample:
+        """Encode a conversation and its images."""
+        messages = [Message(role=role, content=content) for role, content in turns]
+        tokens = ChatEncoder(self.tokenizer, self.modalities).encode_conversation(messages, {"image": len(seeds)})
+        image = self.modalities["image"]
+        items = [image.preprocess(jpeg(seed)) for seed in seeds]
+        return EncodedSample(
+            key="",
+            input_ids=tokens.input_ids,
+            is_target=tokens.is_target,
+            media_positions=tokens.media_positions,
+            media_files={},
+            media={"image": torch.stack(items) if items else torch.empty((0, *image.media_shape), dtype=torch.uint8)},
+        )
+
+    def micro_batch(self, *rows: Sequence[EncodedSample]) -> MicroBatch:
+        """Rows of documents end to end; an empty one is padding."""
+        fixed = {"seq_length": SEQ_LENGTH, "pad_id": self.tokenizer.pad_id, "modalities": self.modalities}
+        return collate_rows([pack_row(row, **fixed) if row else empty_row(**fixed) for row in rows])
+
+    def take(self, *micro_batches: MicroBatch) -> StepResult:
+        """One optimizer step."""
+        loss_tokens = int(sum(m.loss_mask.sum() for m in micro_batches))
+        samples = sum(m.num_samples for m in micro_batches)
+        return train_step(
+            StepBatch(micro_batches=list(micro_batches), counts=StepCounts(loss_tokens=loss_tokens, samples=samples)),
+            model=self.wrapped,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            units=1,
+            seq_length=SEQ_LENGTH,
+            micro_batch_size=micro_batches[0].input_ids.numel() // SEQ_LENGTH,
+            topology=self.topology,
+        )
