@@ -14,8 +14,8 @@ formats, same special tokens, but they know only the world of `examples/demo/sce
 Neither model ever sees an image together with a question about it, other than the request for a description.
 The pictures come from `Split.PRETRAIN`: no training or held-out scene of the demo is among them.
 
-Figures of the weights in `examples/tiny_weights` (this command, seed 0, one thread; 43 minutes on a machine whose 2 cores
-had other work), on 999 pictures and 999 conversations that were not trained on:
+Figures of the weights in `examples/tiny_weights` (this command, seed 0, one thread; 43 minutes on two cores that had
+other work), on 999 pictures and 999 conversations that were not trained on:
 
 - Tower, 0.49 M parameters: of the 3 x 3 cells that hold an object's centre, 0.959 right in colour, 0.938 in shape and
   0.925 in size.
