@@ -14,7 +14,9 @@ import typer
 def main(
     checkpoint: Annotated[str, typer.Option(help="Import's --out, a saved step, or an exp_dir.")],
     prompt: Annotated[str, typer.Option(help="One user turn; <image> stands where an image belongs.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Image files, in the order of the prompt's <image>.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(exists=True, dir_okay=False, help="Image files, in the order of <image>.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system turn.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write prompt and answer here.")] = None,

@@ -120,8 +120,7 @@ def load_model(model: VLM, directory: Path) -> None:
     if strange:
         raise CheckpointError(
             f"{directory} holds {len(strange)} model tensors that this model has no place for, e.g. "
-            f"{sorted(strange)[:3]}. "
-            "Use model=from_checkpoint."
+            f"{sorted(strange)[:3]}. Use model=from_checkpoint."
         )
     model.load_state_dict({k: v for k, v in loaded.items() if k in model.state_dict()}, strict=False)
 

@@ -38,8 +38,8 @@ def architecture_of(
     ]
     if strange:
         raise ConfigError(
-            f"import takes model=NAME, modality.{IMAGE}.resampler.<key>=... and "
-            f"modality.{IMAGE}.encoder.feature_layer=...; "
+            f"import takes model=NAME, modality.{IMAGE}.resampler.<key>=... and modality.{IMAGE}.encoder."
+            "feature_layer=...; "
             f"found {strange[0]!r}. Everything else comes from the folders' config.json."
         )
     run = compose("stage1_align", ["exp_dir=unused", "data.path=unused", *selections, *keys])

@@ -21,7 +21,7 @@ from qwen3_vlm.checkpoint import layout, sharded
 from qwen3_vlm.config.compose import to_dict
 from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig, Resample, SiglipEncoderConfig
 from qwen3_vlm.convert.connector import fresh_connector
-from qwen3_vlm.convert.mapping import Entry, decoder_entries, siglip_entries
+from qwen3_vlm.convert.mapping import Entry, decoder_entries, siglip_entries, siglip_unbuilt
 from qwen3_vlm.errors import WeightsError
 
 TOKENIZER_FILES = (
@@ -51,7 +51,7 @@ class SafetensorsFolder:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(set(_read_json(index)["weight_map"].values()))
         else:
             files = sorted(p.name for p in folder.glob("*.safetensors"))
         missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
@@ -79,7 +79,10 @@ class SafetensorsFolder:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"{path} is missing: give the folder of a Hugging Face model")
-    value = json.loads(path.read_text())
+    try:
+        value = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path} does not hold a JSON object")
     return value
@@ -132,22 +135,25 @@ def read_encoder_config(folder: Path) -> SiglipEncoderConfig:
     if raw.get("model_type") not in ("siglip", "siglip_vision_model"):
         raise WeightsError(
             f"{folder}/config.json has model_type {raw.get('model_type')!r}; --vision needs siglip or "
-            "siglip_vision_model "
-            "(SigLIP2's fixed-resolution models are of these types too)"
+            "siglip_vision_model (SigLIP2's fixed-resolution models are of these types too)"
         )
     config = SiglipVisionConfig.from_dict(raw.get("vision_config", raw))
     if config.hidden_act != "gelu_pytorch_tanh":
         raise WeightsError(f"{folder}: hidden_act {config.hidden_act!r}, expected gelu_pytorch_tanh")
     processor = _read_json(folder / IMAGE_PROCESSOR_FILE)
-    size = processor.get("size", {"height": config.image_size, "width": config.image_size})
+    expected: dict[str, Any] = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "rescale_factor": 1 / 255,
+        "size": {"height": config.image_size, "width": config.image_size},
+    }
+    other = {key: processor[key] for key, value in expected.items() if processor.get(key, value) != value}
     resample = processor.get("resample", 3)
-    if (size.get("height"), size.get("width")) != (
-        config.image_size,
-        config.image_size,
-    ) or resample not in PIL_RESAMPLE:
+    if other or resample not in PIL_RESAMPLE:
         raise WeightsError(
-            f"{folder}/{IMAGE_PROCESSOR_FILE}: size {size} and resample {resample}; expected {config.image_size} x "
-            f"{config.image_size} and one of {sorted(PIL_RESAMPLE)}"
+            f"{folder}/{IMAGE_PROCESSOR_FILE} asks for {other or {'resample': resample}}, which the data path does not "
+            f"do; expected { {key: expected[key] for key in other} or f'resample one of {sorted(PIL_RESAMPLE)}' }"
         )
     mean, std = (processor.get(key, [0.5, 0.5, 0.5]) for key in ("image_mean", "image_std"))
     return SiglipEncoderConfig(
@@ -211,8 +217,7 @@ def _check_shape(folder: Path, entry: Entry, shapes: list[tuple[int, ...]], laye
     if (rows, *shapes[0][1:]) != entry.shape or any(s[1:] != entry.shape[1:] for s in shapes):
         raise WeightsError(
             f"{folder}: {entry.their_names(layer)} have shapes {shapes}, which do not make {entry.shape} "
-            f"({entry.ours}): "
-            "config.json and weights disagree"
+            f"({entry.ours}): config.json and weights disagree"
         )
 
 
@@ -273,19 +278,13 @@ def import_hf(
     """
     tied_head = ("lm_head.weight",) if decoder.tie_word_embeddings else ()
     sources = {str(llm): match_source(llm, decoder_entries(decoder), droppable=tied_head)}
-    dtype = sources[str(llm)].tensors.read(next(iter(sources[str(llm)].names.values()))).dtype
+    # Any tensor would do for the dtype; the last norm is small and always there.
+    dtype = sources[str(llm)].tensors.read("model.norm.weight").dtype
     connectors: dict[str, Tensor] = {}
     for name, modality in modalities.items():
         tower = f"towers.{name}."
-        unbuilt = tuple(
-            f"encoder.layers.{i}."
-            for i in range(
-                modality.encoder.num_layers + 1 + modality.encoder.feature_layer, modality.encoder.num_layers
-            )
-        ) + (("post_layernorm.",) if modality.encoder.feature_layer != -1 else ())
-        sources[str(vision)] = match_source(
-            vision, siglip_entries(modality.encoder, tower), droppable=(*SIGLIP_DROPPED, *unbuilt)
-        )
+        droppable = (*SIGLIP_DROPPED, *siglip_unbuilt(modality.encoder))
+        sources[str(vision)] = match_source(vision, siglip_entries(modality.encoder, tower), droppable=droppable)
         connectors |= fresh_connector(modality, decoder, tower, seed=seed, dtype=dtype)
     layout.start(out)
     copy_processor_files(llm, vision, out / layout.PROCESSOR)

@@ -109,6 +109,17 @@ def decoder_entries(decoder: DecoderConfig) -> list[Entry]:
     return entries
 
 
+def num_built_layers(encoder: SiglipEncoderConfig) -> int:
+    """Layers that are computed: all for feature_layer -1, all but the last for -2."""
+    return encoder.num_layers + 1 + encoder.feature_layer
+
+
+def siglip_unbuilt(encoder: SiglipEncoderConfig) -> tuple[str, ...]:
+    """Prefixes of Hugging Face tensors behind the layer whose output is taken: they are never computed."""
+    layers = tuple(f"encoder.layers.{i}." for i in range(num_built_layers(encoder), encoder.num_layers))
+    return layers if encoder.feature_layer == -1 else (*layers, "post_layernorm.")
+
+
 def siglip_entries(encoder: SiglipEncoderConfig, tower: str) -> list[Entry]:
     """SiglipVisionModel without its `vision_model.` prefix (transformers 5.23 modeling_siglip.py).
 
@@ -120,7 +131,7 @@ def siglip_entries(encoder: SiglipEncoderConfig, tower: str) -> list[Entry]:
     patches = (encoder.image_size // encoder.patch_size) ** 2
     prefix = f"{tower}encoder."
     stack, hf = f"{prefix}block.layers.", "encoder.layers.{i}."
-    built = encoder.num_layers + 1 + encoder.feature_layer
+    built = num_built_layers(encoder)
     entries = [
         Entry(
             ours=f"{prefix}patch_embedding.weight",

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 from collections.abc import Generator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,12 +29,12 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset, LoadedDatasetList
 
 from qwen3_vlm.config.schema import DataConfig
-from qwen3_vlm.data.chat import ChatEncoder
+from qwen3_vlm.data.chat import ChatEncoder, parse_messages
 from qwen3_vlm.data.sample import PackedRow
 from qwen3_vlm.data.state import decode_state, encode_state
 from qwen3_vlm.data.task_encoder import ChatTaskEncoder, EndOfPass
 from qwen3_vlm.data.tokenizer import ChatTokenizer
-from qwen3_vlm.errors import ConfigError, DataError
+from qwen3_vlm.errors import BadSample, ConfigError, DataError
 from qwen3_vlm.modality.base import Modality
 
 _log = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ STATE_VERSION = 1
 
 SAMPLES_PER_SLICE = 100
 """Samples that are read in file order: a pass shuffles slices of this size, and the buffer mixes the 16 open ones."""
+
+SAMPLED_ROWS = 256
+"""Rows from which the mean length of a sample is estimated."""
 
 SECONDS_BETWEEN_WORKER_STATES = 10.0
 """A worker notes its position this often; after a restore it redoes at most this much work to reach the saved row."""
@@ -286,6 +290,33 @@ def read_report(path: str) -> dict[str, Any] | None:
     """
     file = dataset_file(path)
     return None if file == Path(path) else json.loads((file.parent / "report.json").read_text())
+
+
+def mean_tokens(path: str, chat: ChatEncoder, seq_length: int) -> float | None:
+    """Estimate the tokens that a training sample takes, from SAMPLED_ROWS evenly spaced rows.
+
+    Args:
+        path: a prepared folder, or a metadataset YAML.
+        chat: encodes the rows as training does.
+        seq_length: tokens of a row; a sample that is longer is skipped and counts as 0, as a broken one does.
+
+    Returns:
+        Mean over all samples, skipped ones included; None for a metadataset, whose rows this does not read.
+    """
+    report = read_report(path)
+    if report is None:
+        return None
+    lengths = []
+    with (Path(path) / "train.jsonl").open() as file:
+        for line in islice(file, 0, None, max(1, report["train"] // SAMPLED_ROWS)):
+            try:
+                row = json.loads(line)
+                counts = {name: len(names) for name, names in row["media"].items()}
+                length = chat.encode_conversation(parse_messages(row["messages"]), counts).input_ids.numel()
+            except (BadSample, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+                length = 0
+            lengths.append(length if length <= seq_length else 0)
+    return sum(lengths) / max(1, len(lengths))
 
 
 def train_samples(path: str) -> int:

@@ -149,14 +149,16 @@ def convert_llava_row(raw: Any, index: int, folder: MediaFolder) -> dict[str, An
         folder: where images are looked up.
 
     Raises:
-        BadSample: bad_row, empty_conversation, placeholder_mismatch, outside_root or missing_file.
+        BadSample: bad_row, empty_conversation, placeholder_mismatch, outside_root, missing_file or unreadable_file.
     """
     if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
         raise BadSample("bad_row", f"row {index} is not an object with a list of conversations")
     messages = [_convert_turn(turn, index) for turn in raw["conversations"]]
     if not any(message["role"] == "assistant" for message in messages):
         raise BadSample("empty_conversation", f"row {index} has {len(messages)} turns, none of gpt")
-    names = raw.get("image") or []
+    names = raw.get("image")
+    if names is None or names == "":
+        names = []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise BadSample("bad_row", f"row {index}: image is neither a name nor a list of names")
@@ -165,7 +167,7 @@ def convert_llava_row(raw: Any, index: int, folder: MediaFolder) -> dict[str, An
         raise BadSample("placeholder_mismatch", f"row {index}: {sentinels} sentinels, {len(names)} images")
     for name in names:
         folder.locate(name)
-    key = str(raw.get("id", f"row-{index}"))
+    key = f"row-{index}" if raw.get("id") in (None, "") else str(raw["id"])
     if not all(map(is_unicode, [key, *(message["content"] for message in messages)])):
         raise BadSample("bad_row", f"row {index} is not valid Unicode")
     return {"id": key, "messages": messages, "media": {ImageModality.name: names}}

@@ -50,13 +50,17 @@ class MediaFolder:
         """Resolve a name to the path of an existing regular file.
 
         Raises:
-            BadSample: outside_root or missing_file.
+            BadSample: outside_root, missing_file, or unreadable_file (too long a name, a loop of links, no permission).
         """
         check_name(name)
-        path = (self.root / name).resolve()
-        if not path.is_relative_to(self.root):
+        try:
+            path = (self.root / name).resolve()
+            is_inside, is_file = path.is_relative_to(self.root), path.is_file()
+        except (OSError, RuntimeError) as error:  # Python 3.11 reports a loop of links as RuntimeError
+            raise self._unreadable(name, error) from error
+        if not is_inside:
             raise BadSample("outside_root", f"{name!r} is a link to {path}, which is outside {self.root}")
-        if not path.is_file():
+        if not is_file:
             raise BadSample("missing_file", f"no file {name!r} in {self.root}")
         return path
 
@@ -64,7 +68,8 @@ class MediaFolder:
         """Read a file.
 
         Raises:
-            BadSample: outside_root, missing_file, unreadable_file (no permission) or file_too_large (MAX_FILE_BYTES).
+            BadSample: outside_root, missing_file, unreadable_file (no permission, a failing disk) or
+                file_too_large (MAX_FILE_BYTES).
         """
         path = self.locate(name)
         try:
@@ -73,8 +78,12 @@ class MediaFolder:
                 if size > MAX_FILE_BYTES:
                     raise BadSample("file_too_large", f"{name!r} has {size} bytes, at most {MAX_FILE_BYTES}")
                 return file.read()
-        except PermissionError as error:
-            raise BadSample("unreadable_file", f"{name!r} in {self.root}: {error.strerror}") from error
+        except OSError as error:
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> BadSample:
+        short = name if len(name) <= 200 else f"{name[:200]}... ({len(name)} characters)"
+        return BadSample("unreadable_file", f"{short!r} in {self.root}: {type(error).__name__}: {str(error)[:200]}")
 
 
 class FolderStore(FileStore[bytes]):

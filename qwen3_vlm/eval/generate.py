@@ -66,8 +66,8 @@ class GreedyGenerator:
         if topology.dp_size != 1:
             raise ConfigError(
                 f"generation runs on one model: world size {topology.world_size} leaves {topology.dp_size} "
-                "data-parallel "
-                f"ranks. Start {topology.tp_size * topology.pp_size} processes, or choose parallel= to use them all."
+                f"data-parallel ranks. Start {topology.tp_size * topology.pp_size} processes, or choose parallel= to "
+                "use them all."
             )
         self.model = model.eval()
         self.tokenizer = tokenizer

@@ -34,8 +34,7 @@ def place(embeddings_t1h: Tensor, features_fh: Tensor, positions_f: Tensor) -> T
     if features_fh.shape[0] != positions_f.shape[0]:
         raise ValueError(
             f"the batch records {positions_f.shape[0]} placeholder positions but the tower yields "
-            f"{features_fh.shape[0]} "
-            "embeddings: resampler.num_tokens of data and model differ"
+            f"{features_fh.shape[0]} embeddings: resampler.num_tokens of data and model differ"
         )
     rows_th = embeddings_t1h.squeeze(1)
     return rows_th.index_copy(0, positions_f, features_fh.to(rows_th.dtype)).unsqueeze(1)

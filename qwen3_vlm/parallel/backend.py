@@ -59,8 +59,7 @@ class Backend:
         if capability < (8, 9):
             raise ConfigError(
                 f"precision fp8_{recipe} needs compute capability 8.9 or newer, this GPU has "
-                f"{capability[0]}.{capability[1]}. "
-                "Use precision=bf16."
+                f"{capability[0]}.{capability[1]}. Use precision=bf16."
             )
 
     def decoder_layer_spec(self) -> Any:

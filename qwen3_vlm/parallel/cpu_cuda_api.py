@@ -36,6 +36,9 @@ _installed = False
 class _NoStream:
     """Stands for a CUDA stream: everything on a CPU is in order already."""
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
     def wait_stream(self, stream: Any) -> None:
         pass
 
@@ -105,7 +108,7 @@ def install() -> None:
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    cuda.Stream = lambda *args, **kwargs: _NoStream()
+    cuda.Stream = _NoStream  # a class: libraries write `torch.cuda.Stream | None` in annotations
     cuda.current_stream = cuda.default_stream = lambda device=None: _NoStream()
     cuda.stream = lambda stream: contextlib.nullcontext()
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

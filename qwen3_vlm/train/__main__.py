@@ -70,7 +70,8 @@ def train(config: "RunConfig") -> None:
 
     from qwen3_vlm.checkpoint import layout, sharded
     from qwen3_vlm.config.compose import to_yaml
-    from qwen3_vlm.data.loader import RowLoader, read_report, train_samples
+    from qwen3_vlm.data.chat import ChatEncoder
+    from qwen3_vlm.data.loader import RowLoader, mean_tokens, train_samples
     from qwen3_vlm.data.tokenizer import ChatTokenizer
     from qwen3_vlm.errors import ConfigError
     from qwen3_vlm.logging import get_logger
@@ -87,28 +88,27 @@ def train(config: "RunConfig") -> None:
     log = get_logger("qwen3_vlm.train")
     if config.checkpoint.init_from is None:
         raise ConfigError(
-            "checkpoint.init_from is not set: a run starts from pretrained weights. Import them with "
-            "tools/convert.py import "
-            "and give its --out."
+            "checkpoint.init_from is not set: a run starts from pretrained weights. Import them with tools/convert.py "
+            "import and give its --out."
         )
     exp_dir = Path(config.exp_dir)
     resumed = layout.latest_step_dir(exp_dir)
     source = resumed or layout.resolve(config.checkpoint.init_from)
     check_architecture(config, layout.read_architecture(source), source)
+    modalities = build_modalities(config.modality)
+    tokenizer = ChatTokenizer.from_folder(source / layout.PROCESSOR, modalities)
+    samples = train_samples(config.data.path)
+    tokens = mean_tokens(config.data.path, ChatEncoder(tokenizer, modalities), config.train.seq_length)
+    estimate = estimate_steps(config, samples, tokens)
+
     topology = topologies.initialize(config.parallel, seed=config.train.seed)
     try:
         if topology.rank == 0:
             exp_dir.mkdir(parents=True, exist_ok=True)
             (exp_dir / "config.yaml").write_text(to_yaml(config))
-            log.info(topology.backend.describe())
+            for line in (topology.backend.describe(), *describe_run(config, topology, samples, estimate)):
+                log.info(line)
         torch.use_deterministic_algorithms(config.train.deterministic)
-
-        modalities = build_modalities(config.modality)
-        tokenizer = ChatTokenizer.from_folder(source / layout.PROCESSOR, modalities)
-        samples = train_samples(config.data.path)
-        estimate = estimate_steps(config, samples, read_report(config.data.path))
-        for line in describe_run(config, topology, samples=samples, estimate=estimate):
-            log.info(line)
 
         model, wrapped = build_stage(
             lambda: VLM(
@@ -165,6 +165,7 @@ def train(config: "RunConfig") -> None:
             ),
             loader=loader,
             estimated_steps=estimate,
+            samples_per_epoch=samples,
             total_samples=None if config.train.max_steps is not None else whole_run,
             source=source,
             callbacks=watchers,

@@ -12,9 +12,12 @@ from qwen3_vlm.model.megatron_config import params_dtype
 def build_optimizer(
     optim: OptimConfig, precision: PrecisionConfig, wrapped: DistributedDataParallel
 ) -> MegatronOptimizer:
-    """megatron-core's distributed optimizer over the trainable parameters; FP32 master weights where they are BF16."""
+    """megatron-core's distributed optimizer over the trainable parameters; FP32 master weights where they are BF16.
+
+    Adam's moments exist from the start, as zeros: a run can be saved before its first batch that has a loss.
+    """
     dtype = params_dtype(precision)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -31,6 +34,10 @@ def build_optimizer(
         [wrapped],
         use_gloo_process_groups=False,
     )
+    for part in optimizer.chained_optimizers:
+        if part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
+    return optimizer
 
 
 class ProgressSchedule:

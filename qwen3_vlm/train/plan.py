@@ -1,7 +1,7 @@
 """Derived numbers of a run, computed once and printed with their arithmetic before it starts."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,6 @@ from qwen3_vlm.config.compose import to_dict
 from qwen3_vlm.config.schema import RunConfig
 from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.parallel.topology import Topology
-
-CHARACTERS_PER_TOKEN = 4.0
-"""English text with Qwen3's tokenizer, roughly; only the estimate of steps depends on it."""
-CHAT_TOKENS_PER_SAMPLE = 10
-"""<|im_start|>, role, newline, <|im_end|>, newline of a question and its answer."""
 
 
 def check_architecture(config: RunConfig, stored: Architecture, source: Path) -> None:
@@ -47,36 +42,23 @@ def total_samples(config: RunConfig, samples: int) -> int:
     return math.ceil(config.train.epochs * samples)
 
 
-def tokens_per_sample(config: RunConfig, report: Mapping[str, Any]) -> float:
-    """Estimate from the preparation's report: its text, two marks and N tokens for each item, and the chat's own
-    tokens.
-    """
-    items = (
-        sum(m.resampler.num_tokens + 2 for m in config.modality.values())
-        * report["train_images"]
-        / max(report["train"], 1)
-    )
-    text = report["train_characters"] / max(report["train"], 1) / CHARACTERS_PER_TOKEN
-    return items + text + CHAT_TOKENS_PER_SAMPLE
-
-
-def estimate_steps(config: RunConfig, samples: int, report: Mapping[str, Any] | None) -> int | None:
+def estimate_steps(config: RunConfig, samples: int, mean_tokens: float | None) -> int | None:
     """Steps that the run is expected to take; None if train.max_steps says it, or if the data's lengths are unknown.
 
     Args:
         config: the run.
         samples: of one pass over the training split.
-        report: of the data's preparation, if there is one.
+        mean_tokens: of a sample.
     """
-    if config.train.max_steps is not None or (config.data.pack and report is None):
+    if config.train.max_steps is not None or (config.data.pack and mean_tokens is None):
         return None
     rows = float(total_samples(config, samples))
-    if config.data.pack and report is not None:
-        rows *= tokens_per_sample(config, report) / config.train.seq_length
+    if config.data.pack and mean_tokens is not None:
+        rows *= mean_tokens / config.train.seq_length
     return max(1, math.ceil(rows / config.train.global_batch_size))
 
 
-def describe_run(config: RunConfig, topology: Topology, *, samples: int, estimate: int | None) -> list[str]:
+def describe_run(config: RunConfig, topology: Topology, samples: int, estimate: int | None) -> list[str]:
     """Lines for the log.
 
     Args:

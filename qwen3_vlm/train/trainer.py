@@ -36,6 +36,10 @@ class Progress:
     """Passes over the data that are complete."""
     samples: int = 0
     """Samples seen, skipped ones included."""
+    learned: int = 0
+    """Samples that were trained on."""
+    samples_at_epoch: int = 0
+    """`samples` when the current pass began."""
 
 
 class Trainer:
@@ -47,6 +51,7 @@ class Trainer:
         model: this rank's stage, and `wrapped`, what the schedule drives.
         optimizer, schedule: what updates it.
         batches: the run's data; `loader` is this rank's reader, None where it does not read.
+        samples_per_epoch: samples of one pass, as the data's report says.
         total_samples: samples of the whole run, by which it ends and the schedule runs; None if train.max_steps is set.
         estimated_steps: what the log compares the truth with; None if there is no estimate.
         source: the checkpoint that the run started from: its tokenizer and image processor go into every save.
@@ -64,6 +69,7 @@ class Trainer:
         schedule: ProgressSchedule,
         batches: StepBatches,
         loader: RowLoader | None,
+        samples_per_epoch: int,
         total_samples: int | None,
         estimated_steps: int | None,
         source: Path,
@@ -77,6 +83,7 @@ class Trainer:
         self.schedule = schedule
         self.batches = batches
         self.loader = loader
+        self.samples_per_epoch = samples_per_epoch
         self.total_samples = total_samples
         self.estimated_steps = estimated_steps
         self.source = source
@@ -94,20 +101,19 @@ class Trainer:
             callback.on_start(self.progress.step)
         try:
             saved_at = self.progress.step
-            rows_in_epoch = 0
             while not self.is_finished():
                 started = time.perf_counter()
                 batch = self.batches.next_step()
                 if batch is None:
-                    self.end_epoch(rows_in_epoch)
-                    rows_in_epoch = 0
+                    self.end_epoch()
                     continue
-                rows_in_epoch += batch.counts.rows
                 result = self.step(batch)
                 self.record(batch, result, time.perf_counter() - started)
                 if self.progress.step % self.config.checkpoint.save_every == 0:
                     self.save()
                     saved_at = self.progress.step
+            if self.progress.learned == 0:
+                raise self._nothing_learned()
             if saved_at != self.progress.step:
                 self.save()
             estimate = "" if self.estimated_steps is None else f"; {self.estimated_steps:,} steps were estimated"
@@ -145,6 +151,7 @@ class Trainer:
         )
         self.progress.step += 1
         self.progress.samples += seen
+        self.progress.learned += batch.counts.samples
         return result
 
     def record(self, batch: StepBatch, result: StepResult, seconds: float) -> None:
@@ -166,20 +173,34 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_step(metrics, batch, self.share_done())
 
-    def end_epoch(self, rows: int) -> None:
-        """Count an epoch.
+    def end_epoch(self) -> None:
+        """Count a pass; say so if it held another number of samples than its report.
 
         Raises:
-            DataError: it held no row: going on would never end.
+            DataError: no sample of the pass could be used: going on would never end.
         """
-        if rows == 0 and self.progress.samples == 0:
-            raise DataError(f"{self.config.data.path} yields no rows: its training split is empty")
+        if self.progress.learned == 0:
+            raise self._nothing_learned()
+        seen = self.progress.samples - self.progress.samples_at_epoch
+        if seen != self.samples_per_epoch:
+            log.warning(
+                "the pass that ends held %s samples, %s were expected: %s was changed after its preparation",
+                *(f"{n:,}" for n in (seen, self.samples_per_epoch)),
+                self.config.data.path,
+            )
         self.progress.epoch = self.batches.epoch
-        log.info("an epoch ends: %s", self._describe_progress())
+        self.progress.samples_at_epoch = self.progress.samples
+        log.info("a pass ends: %s", self._describe_progress())
+
+    def _nothing_learned(self) -> DataError:
+        return DataError(
+            f"of {self.progress.samples:,} samples of {self.config.data.path} none can be used; "
+            f"{self.exp_dir / 'skipped.jsonl'} says why, sample by sample"
+        )
 
     def _describe_progress(self) -> str:
         p = self.progress
-        return f"step {p.step}, {p.samples:,} samples seen, {p.epoch} epochs complete"
+        return f"step {p.step}, {p.samples:,} samples seen, {p.samples - p.learned:,} of them skipped"
 
     def save(self) -> None:
         """Keep the run as it stands; complete only when the manifest and then `latest` are written."""
@@ -226,9 +247,8 @@ class Trainer:
         if was["dp_size"] != self.topology.dp_size:
             raise CheckpointError(
                 f"{directory} was saved with {was['dp_size']} data-parallel ranks, this run has "
-                f"{self.topology.dp_size}: the "
-                "position in the data cannot be carried over. Use the same number, or start a new exp_dir with "
-                f"checkpoint.init_from={directory}."
+                f"{self.topology.dp_size}: the position in the data cannot be carried over. Use the same number, or "
+                f"start a new exp_dir with checkpoint.init_from={directory}."
             )
 
     def _layout(self) -> dict[str, int]:

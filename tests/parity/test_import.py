@@ -1,5 +1,6 @@
 """import_hf: bit-exact, strict about what a folder holds, and plain about what it drops."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,19 @@ def test_another_architecture_is_refused(
 ):
     rewrite_config(tmp_path / side, model_type=model_type)
     with pytest.raises(WeightsError, match=f"{side}/config.json has model_type '{model_type}'"):
+        import_folders(*folders, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("do_normalize", False), ("rescale_factor", 1.0), ("size", {"shortest_edge": 36}), ("resample", 0)],
+)
+def test_another_image_preparation_is_refused(
+    topology: Topology, tmp_path: Path, folders: tuple[Path, Path], key: str, value: object
+):
+    file = folders[1] / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(WeightsError, match=key):
         import_folders(*folders, tmp_path / "ckpt")
 
 

@@ -20,6 +20,8 @@ REASONS = {
     "long": "over_long",
     "outside": "outside_root",
     "absolute": "outside_root",
+    "endless": "unreadable_file",
+    "loop": "unreadable_file",
     "form": "bad_row",
 }
 """Key of each bad sample -> the reason it is counted under."""
@@ -44,6 +46,8 @@ def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         line("long", ["s0_0.jpg"], answer="word " * 60),
         line("outside", ["../secret.jpg"]),
         line("absolute", [str(folder / "secret.jpg")]),
+        line("endless", ["y" * 5000 + ".jpg"]),
+        line("loop", ["loop/a.jpg"]),
         json.dumps({"id": "form", "messages": "What?"}),
         "{not JSON}",
     ]
@@ -51,6 +55,9 @@ def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = (folder / "images" / "s0_0.jpg").read_bytes()
     (folder / "secret.jpg").write_bytes(good)  # reachable, were the name not refused
     (folder / "images" / "truncated.jpg").write_bytes(good[: len(good) // 3])
+    (folder / "images" / "loop").mkdir()
+    (folder / "images" / "loop" / "a.jpg").symlink_to("b.jpg")
+    (folder / "images" / "loop" / "b.jpg").symlink_to("a.jpg")
     (folder / "images" / "corrupt.jpg").write_bytes(b"\xff\xd8\xff never an image")
     return out
 
@@ -85,3 +92,15 @@ def test_on_error_raise_stops_at_the_first_and_names_it(checkpoint: Path, bad_da
     assert reason == REASONS.get(key, "bad_row")
     assert "data.on_error=raise" in error
     assert not (run.exp_dir / "checkpoints").exists()
+
+
+def test_a_run_in_which_nothing_can_be_learned_says_so(checkpoint: Path, bad_data: Path, tmp_path: Path):
+    """It saves (before Adam ever saw a gradient), counts every sample and ends with an error, not with a hang."""
+    run = Run(tmp_path / "run")
+    more = ("train.epochs=1", "train.seq_length=8", "checkpoint.save_every=1")
+    done = train(overrides(checkpoint, bad_data, run.exp_dir, *more))
+    assert done.returncode == 1
+    assert f"of {GOOD + len(REASONS) + 1} samples of {bad_data} none can be used" in done.output
+    assert run.step_dir(1).is_dir()
+    assert sum(sum(metrics["skipped"].values()) for metrics in run.metrics) == GOOD + len(REASONS) + 1
+    assert all(metrics["loss"] is None and metrics["grad_norm"] is None for metrics in run.metrics)

@@ -44,6 +44,8 @@ def planted() -> tuple[list[Any], dict[str, int]]:
         llava("o1", "../outside.jpg"),
         llava("o2", "/etc/passwd"),
         llava("o3", "link.jpg"),
+        llava("u1", "y" * 5000 + ".jpg"),
+        llava("z", "a.jpg") | {"image": 0},
         {"id": "e", "conversations": []},
         {"id": "f"},
         llava("g", {"path": "a.jpg"}),
@@ -51,7 +53,14 @@ def planted() -> tuple[list[Any], dict[str, int]]:
         "text",
         None,
     ]
-    dropped = {"bad_row": 5, "empty_conversation": 1, "missing_file": 1, "outside_root": 3, "placeholder_mismatch": 2}
+    dropped = {
+        "bad_row": 6,
+        "empty_conversation": 1,
+        "missing_file": 1,
+        "outside_root": 3,
+        "placeholder_mismatch": 2,
+        "unreadable_file": 1,
+    }
     return good + bad, dropped
 
 

@@ -16,3 +16,8 @@ def test_cuda_means_the_cpu(topology: Topology):
     assert torch.zeros(2, device="cuda").device.type == "cpu"
     assert torch.empty_like(torch.zeros(2), device=torch.device("cuda", 0)).device.type == "cpu"
     assert torch.cuda.current_device() == torch.device("cpu")
+
+
+def test_a_stream_is_a_class(topology: Topology):
+    """Libraries write `torch.cuda.Stream | None` in annotations that are evaluated at import."""
+    assert type(None) in (torch.cuda.Stream | None).__args__
