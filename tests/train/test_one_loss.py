@@ -25,7 +25,6 @@ FULL_CUTS = {
     "tp2": (2, ["parallel=tp2", "parallel.sequence_parallel=false"]),
     "tp2_sp": (2, ["parallel=tp2"]),
     "tp2_dp2": (4, ["parallel=tp2"]),
-    "pp4": (4, ["parallel=pp4"]),
 }
 
 
@@ -78,3 +77,12 @@ def test_one_loss_and_one_gradient(cut: str, whole: Run, checkpoint: Path, one_b
     for name, gradient in reference.items():
         assert gradient.norm() > 0, name
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.full
+def test_optimizer_state_that_would_be_saved_wrong_is_refused(checkpoint: Path, one_batch: Path, tmp_path: Path):
+    """A trainable tied embedding on two stages; its gradients are right (see tests/distributed)."""
+    command = overrides(checkpoint, one_batch, tmp_path / "run", *ONE_STEP, "parallel=pp2")
+    done = train(command, num_processes=2)
+    assert done.returncode != 0
+    assert "would save the optimizer's state shifted" in done.output
