@@ -81,13 +81,12 @@ def build_stage(
         ),
         module=model,
     )
-    _check_saved_offsets(wrapped)
     model.train()
     return model, wrapped
 
 
-def _check_saved_offsets(wrapped: DistributedDataParallel) -> None:
-    """Refuse gradient buffers whose optimizer state megatron-core 0.16.1 would save at wrong offsets.
+def check_saved_offsets(wrapped: DistributedDataParallel) -> None:
+    """Refuse gradient buffers whose optimizer state megatron-core 0.16.1 would save at wrong offsets; before training.
 
     It joins the buckets of a buffer without the padding behind each, and then cuts tensors out at offsets that count it
     (DistributedOptimizer.get_parameter_state_dp_zero and sharded_param_state_fully_reshardable): everything behind a
