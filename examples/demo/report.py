@@ -19,7 +19,8 @@ from qwen3_vlm.data.inspect import draw_row
 from qwen3_vlm.data.loader import RowLoader
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.eval.exact_match import Answered, Question
-from qwen3_vlm.eval.report import STYLE, answer_cards, png_tag
+from qwen3_vlm.eval.report import STYLE, answer_cards
+from qwen3_vlm.modality.image import png_tag
 from qwen3_vlm.modality.registry import build_modalities
 
 SHOWN_ANSWERS = 20

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen3_vlm.config.schema import DecoderConfig, SiglipEncoderConfig
 from qwen3_vlm.convert import transforms
+from qwen3_vlm.model.megatron_config import num_built_layers
 
 LANGUAGE_MODEL = "language_model."
 
@@ -107,11 +108,6 @@ def decoder_entries(decoder: DecoderConfig) -> list[Entry]:
             )
         )
     return entries
-
-
-def num_built_layers(encoder: SiglipEncoderConfig) -> int:
-    """Layers that are computed: all for feature_layer -1, all but the last for -2."""
-    return encoder.num_layers + 1 + encoder.feature_layer
 
 
 def siglip_unbuilt(encoder: SiglipEncoderConfig) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from qwen3_vlm.data.sample import MediaBatch, Message
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.modality.base import Modality
-from qwen3_vlm.model.vlm import VLM
+from qwen3_vlm.model.vlm import VLM, packed_documents
 from qwen3_vlm.parallel.topology import Topology
 
 
@@ -157,13 +157,7 @@ class GreedyGenerator:
             input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
             position_ids=torch.cat([torch.arange(b - a) for a, b in itertools.pairwise(bounds)]).to(device),
             media=media,
-            packed_seq_params=PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=boundaries,
-                cu_seqlens_kv=boundaries,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
-            ),
+            packed_seq_params=packed_documents(boundaries, longest),
             last=torch.tensor([b - 1 for b in bounds[1 : len(active) + 1]], device=device),
         )
 

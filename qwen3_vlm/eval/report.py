@@ -1,7 +1,5 @@
 """Pages for people: scores, and images with prompt, answer and truth."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from qwen3_vlm.eval.exact_match import Answered, ExactMatch
+from qwen3_vlm.modality.image import png_tag
 
 THUMBNAIL_PX = 144
 
@@ -51,14 +50,6 @@ def thumbnail(path: Path) -> Markup:
         small = image.convert("RGB")
         small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     return png_tag(small)
-
-
-def png_tag(image: Image.Image) -> Markup:
-    """An <img> that holds its picture as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Markup('<img src="data:image/png;base64,{}" width="{}" height="{}">').format(data, image.width, image.height)
 
 
 def answer_cards(answered: Sequence[Answered]) -> Markup:

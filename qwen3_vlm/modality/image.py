@@ -66,10 +66,15 @@ class ImageModality(Modality):
         """An <img> with the pixels as the tower sees them, at most 72 px a side."""
         picture = Image.fromarray(item.permute(1, 2, 0).numpy())
         picture.thumbnail((72, 72))
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        return Markup('<img src="data:image/png;base64,{}" height="{}">').format(data, picture.height)
+        return png_tag(picture)
+
+
+def png_tag(image: Image.Image) -> Markup:
+    """An <img> that holds its picture as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Markup('<img src="data:image/png;base64,{}" width="{}" height="{}">').format(data, image.width, image.height)
 
 
 def decode_rgb(raw: bytes) -> Image.Image:

@@ -40,6 +40,17 @@ def place(embeddings_t1h: Tensor, features_fh: Tensor, positions_f: Tensor) -> T
     return rows_th.index_copy(0, positions_f, features_fh.to(rows_th.dtype)).unsqueeze(1)
 
 
+def packed_documents(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
+    """Document boundaries [d + 1] int32 and the longest document, as attention takes them."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
 class VLM(MegatronModule):
     """One pipeline stage of the vision-language model; the towers stand on the first.
 

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from qwen3_vlm.data.sample import MicroBatch
 from qwen3_vlm.errors import TrainingError
+from qwen3_vlm.model.vlm import packed_documents
 from qwen3_vlm.parallel.topology import Topology
 from qwen3_vlm.train.batches import StepBatch
 from qwen3_vlm.train.loss import masked_loss
@@ -30,17 +30,6 @@ class StepResult:
     lr: float
 
 
-def packed_seq_params(batch: MicroBatch) -> PackedSeqParams:
-    """Document boundaries as attention takes them."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
-
-
 def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, functools.partial]:
     """Forward of one micro batch, as megatron-core's schedules call it."""
     batch = next(batches)
@@ -48,7 +37,7 @@ def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         media=batch.media,
-        packed_seq_params=packed_seq_params(batch),
+        packed_seq_params=packed_documents(batch.cu_seqlens, batch.max_seqlen),
         labels=batch.labels,
     )
     return output, functools.partial(masked_loss, loss_mask_t=batch.loss_mask)
