@@ -68,13 +68,11 @@ def _packed_row(out: Path, stage: str, seq_length: int) -> Markup:
         seq_length=seq_length,
         modalities=modalities,
         tokenizer=tokenizer,
-        dp_rank=0,
-        dp_size=1,
         seed=0,
     )
-    row = loader.next_row()
-    assert row is not None
-    return draw_row(row, tokenizer, modalities)
+    rows = loader.next_rows()
+    assert rows
+    return draw_row(rows[0], tokenizer, modalities)
 
 
 def _answers(file: Path) -> Markup:

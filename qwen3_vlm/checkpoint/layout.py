@@ -4,7 +4,6 @@ CKPT/                          one checkpoint: what convert.py import writes, an
   qwen3_vlm.json               the manifest, written last: a folder without it is incomplete
   state/                       megatron-core distributed checkpoint (model; optimizer and scheduler of a run)
   processor/                   tokenizer files and preprocessor_config.json, as Hugging Face names them
-  data/dp_00000.pt             position of each data-parallel rank's loader (saved steps only)
 EXP_DIR/checkpoints/
   step_00000100/               a CKPT
   latest                       name of the newest complete step, replaced in one move
@@ -26,7 +25,6 @@ FORMAT_VERSION = 1
 MANIFEST = "qwen3_vlm.json"
 STATE = "state"
 PROCESSOR = "processor"
-DATA = "data"
 LATEST = "latest"
 
 
@@ -39,7 +37,7 @@ class Manifest:
     config: dict[str, Any]
     """model and modality (an import), or the run's whole resolved configuration (a saved step)."""
     progress: dict[str, Any]
-    """Counters of the run: samples, epoch, data-parallel size, ...; empty for an import."""
+    """Counters, layout and data position of the run; empty for an import."""
     format_version: int = FORMAT_VERSION
     code_version: str = qwen3_vlm.__version__
 
@@ -169,7 +167,7 @@ def start(checkpoint: Path, *, replace: bool = False) -> None:
                 f"{checkpoint} already holds a complete checkpoint: choose another folder or remove it"
             )
         (checkpoint / MANIFEST).unlink()
-    known = {STATE, PROCESSOR, DATA, f"{MANIFEST}.tmp"}
+    known = {STATE, PROCESSOR, f"{MANIFEST}.tmp"}
     if checkpoint.is_dir():
         strange = sorted(p.name for p in checkpoint.iterdir() if p.name not in known)
         if strange:

@@ -126,11 +126,9 @@ class DataConfig:
     pack: bool = True
     """Pack several samples into a row of train.seq_length; false: one sample a row."""
     num_workers: int = 2
-    """Loader processes per data-parallel rank; 0 loads in the training process."""
-    shuffle_buffer_size: int = 1000
-    """Samples held for shuffling, per worker."""
-    packing_buffer_size: int = 500
-    """Samples from which packs are chosen, per worker."""
+    """Loader processes per data-parallel rank; 0 loads in the training process. May change when a run is resumed."""
+    packing_buffer_size: int = 2000
+    """Samples, in the order of a pass, that are packed together; more of them fill the rows better."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,6 @@ def _check_ranges(config: RunConfig) -> None:
         "train.micro_batch_size": train.micro_batch_size,
         "train.seq_length": train.seq_length,
         "train.max_steps": 1 if train.max_steps is None else train.max_steps,
-        "data.shuffle_buffer_size": data.shuffle_buffer_size,
         "data.packing_buffer_size": data.packing_buffer_size,
         "checkpoint.save_every": config.checkpoint.save_every,
         "checkpoint.keep": config.checkpoint.keep,

@@ -1,54 +1,39 @@
-"""Rows of one data-parallel rank, pass by pass, with a position that can be saved and restored exactly.
+"""Rows of one data-parallel rank, pass by pass, with a position that any number of ranks and workers can take up.
 
-Flow: data.path -> energon metadataset -> one source per leaf -> `ChatTaskEncoder` -> worker processes -> `RowLoader`.
+Flow: `SampleSource` (numbered samples) -> lengths, measured once at start -> `Pass` (the order of all rows) -> this
+rank's `Share` of it -> worker processes -> rows.
 
-Every pass (epoch) is a fresh energon pipeline, seeded by (seed, epoch): its order does not depend on the passes before
-it, and the saved position is the epoch and energon's state within it.
+The position is the pass and the number of rows that all ranks together have taken.
 """
 
-import contextlib
-import hashlib
-import io
-import json
-import logging
-from collections.abc import Generator, Mapping
-from itertools import islice
-from pathlib import Path
-from typing import Any, NoReturn
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from megatron.energon import (
-    CrudeJsonlDatasetFactory,
-    DefaultCrudeJsonlDatasetFactory,
-    NoCachePool,
-    SavableDataLoader,
-    WorkerConfig,
-    get_savable_loader,
-    load_dataset,
-)
-from megatron.energon.epathlib import EPath
-from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset, LoadedDatasetList
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
 
 from qwen3_vlm.config.schema import DataConfig
-from qwen3_vlm.data.chat import ChatEncoder, parse_messages
+from qwen3_vlm.data.chat import ChatEncoder
+from qwen3_vlm.data.order import Pass, Share, draw_samples, pass_size, plan_pass
 from qwen3_vlm.data.sample import PackedRow
-from qwen3_vlm.data.state import decode_state, encode_state
-from qwen3_vlm.data.task_encoder import ChatTaskEncoder, EndOfPass
+from qwen3_vlm.data.source import SampleSource
+from qwen3_vlm.data.task_encoder import ChatTaskEncoder
 from qwen3_vlm.data.tokenizer import ChatTokenizer
-from qwen3_vlm.errors import BadSample, ConfigError, DataError
+from qwen3_vlm.errors import ConfigError, DataError
+from qwen3_vlm.logging import get_logger
 from qwen3_vlm.modality.base import Modality
 
-_log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
-SAMPLES_PER_SLICE = 100
-"""Samples that are read in file order: a pass shuffles slices of this size, and the buffer mixes the 16 open ones."""
+Lengths = NDArray[np.int32]
 
-SAMPLED_ROWS = 256
-"""Rows from which the mean length of a sample is estimated."""
-
-SECONDS_BETWEEN_WORKER_STATES = 10.0
-"""A worker notes its position this often; after a restore it redoes at most this much work to reach the saved row."""
+SAMPLES_PER_CHUNK = 1000
+"""Samples that a worker measures at a time."""
 
 
 class RowLoader:
@@ -59,13 +44,14 @@ class RowLoader:
         seq_length: tokens of a row.
         modalities: the run's modalities.
         tokenizer: for these modalities.
-        dp_rank: this rank's number among dp_size data-parallel ranks; ranks of one dp_rank get the same rows.
-        dp_size: data-parallel ranks.
-        seed: with the epoch, defines the order.
-        split: "train" is shuffled; any other ("val") comes in file order.
+        seed: with the number of the pass, defines the order.
+        share: which rows of a step are this rank's.
+        gather: takes this rank's lengths, returns those of all data-parallel ranks in their order.
+        split: "train" is shuffled; any other ("val") comes in the order of the files.
 
     Raises:
-        DataError: data.path is no data set, is not finished, lacks the split or a media folder, or is a weighted blend.
+        DataError: data.path is no data set, is not finished, lacks the split or a media folder, or is a weighted blend;
+            a sample whose text cannot be used, under data.on_error=raise.
     """
 
     def __init__(
@@ -75,82 +61,94 @@ class RowLoader:
         seq_length: int,
         modalities: Mapping[str, Modality],
         tokenizer: ChatTokenizer,
-        dp_rank: int,
-        dp_size: int,
         seed: int,
+        share: Share | None = None,
+        gather: Callable[[Lengths], Sequence[Lengths]] = lambda mine: [mine],
         split: str = "train",
     ):
         self._config = config
-        self._encoder = ChatTaskEncoder(
-            chat=ChatEncoder(tokenizer, modalities), config=config, seq_length=seq_length, shuffle=split == "train"
-        )
-        self._dp_rank = dp_rank
-        self._dp_size = dp_size
+        self._seq_length = seq_length
         self._seed = seed
         self._split = split
+        self._share = share or Share()
+        self._encoder = ChatTaskEncoder(chat=ChatEncoder(tokenizer, modalities), config=config, seq_length=seq_length)
+        self._source = SampleSource(config.path, split=split, encoder=self._encoder)
+        self.lengths = self._measure(gather)
+        """[n] tokens of every sample of the source, by its number; 0 for one that cannot be used."""
         self._stream = {
-            "data": _fingerprint(self._load(self._worker_config(epoch=0))),
+            "data": self._source.fingerprint,
             "split": split,
             "seed": seed,
-            "dp_size": dp_size,
-            "dp_rank": dp_rank,
-            "num_workers": config.num_workers,
-            "shuffle_buffer_size": config.shuffle_buffer_size,
             "packing_buffer_size": config.packing_buffer_size,
             "pack": config.pack,
             "seq_length": seq_length,
             "tokenizer": tokenizer.fingerprint,
             "tokens_per_item": {name: modality.num_tokens for name, modality in modalities.items()},
         }
-        self._rows: Generator[PackedRow | EndOfPass, None, None] | None = None
+        self._iterator: Iterator[PackedRow] | None = None
+        self._epoch = self._row = 0
         self._start_epoch(0)
 
     @property
     def epoch(self) -> int:
-        """Passes completed: the number of times that `next_row` has returned None."""
+        """Passes completed: the number of times that `next_rows` has returned None."""
         return self._epoch
 
-    def next_row(self) -> PackedRow | None:
-        """The next row of this pass, or None once at its end; the call after that begins the next pass.
+    @property
+    def samples_per_pass(self) -> int:
+        """Samples of one pass over all ranks, bad ones included."""
+        return pass_size(self._source.sizes, self._source.repetitions)
 
-        A row may hold no document, only skipped samples and padding.
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of the current pass over all ranks; passes of a shuffled split differ by a few."""
+        return len(self._pass)
+
+    @property
+    def fill(self) -> float:
+        """Share of the current pass's row positions that hold tokens of samples, in 0..1."""
+        tokens = int(self.lengths[self._pass.samples].sum(dtype=np.int64))
+        return tokens / max(1, len(self._pass) * self._seq_length)
+
+    def next_rows(self) -> list[PackedRow] | None:
+        """This rank's rows of the next step, or None once at the end of a pass; the call after that begins the next.
+
+        The last step of a pass may hold fewer rows, and none for some ranks; all ranks come to its end together. A row
+        may hold no document, only skipped samples and padding.
 
         Raises:
-            DataError: a bad sample, under data.on_error=raise.
+            DataError: a bad sample, under data.on_error=raise; a file that was changed while the run reads it.
         """
-        if self._rows is None:
-            self._rows = iter(self._loader)
-        while len(self._ended_workers) < max(1, self._config.num_workers):
-            try:
-                row = next(self._rows)
-            except DataError as error:  # from a worker, torch puts its own words and the whole traceback in front
-                raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
-            if not isinstance(row, EndOfPass):
-                return row
-            self._ended_workers.add(row.worker_id)
-        self._start_epoch(self._epoch + 1)
-        return None
+        if self._row == len(self._pass):
+            self._start_epoch(self._epoch + 1)
+            return None
+        if self._iterator is None:
+            self._iterator = iter(self._load(_Rows(self._source, self._encoder, self._pass, self.lengths), self._row))
+        end = min(self._row + self._share.global_batch_size, len(self._pass))
+        rows = [_next(self._iterator) for _ in self._share.rows(self._row, end)]
+        self._row = end
+        return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's position: dicts, lists, tuples, numbers, strings and tensors only.
-
-        `torch.load(weights_only=True)` reads it without any safe-globals list.
-        """
+        """The position, the same on all ranks: numbers, strings and dicts only, as JSON takes them."""
         return {
             "version": STATE_VERSION,
             "stream": self._stream,
             "epoch": self._epoch,
-            "position": encode_state(self._loader.save_state_rank()),
+            "row": self._row,
+            "order": self._pass.fingerprint,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position: the rows after it equal those of a loader that was never stopped.
+        """Go to a saved position, whatever ranks, workers and batch sizes it was saved with.
+
+        The rows after it are those that a loader that was never stopped would give.
 
         Args:
-            state: a `state_dict` of a loader of the same stream.
+            state: a `state_dict` of a loader of the same data.
 
         Raises:
-            ConfigError: the state is of another version or another stream (data, ranks, workers, buffers, ...).
+            ConfigError: the state is of another version, or of rows that other data, lengths or seeds have made.
         """
         if state["version"] != STATE_VERSION:
             raise ConfigError(f"data position has version {state['version']}, this code reads version {STATE_VERSION}")
@@ -159,220 +157,126 @@ class RowLoader:
             for name, value in self._stream.items()
             if state["stream"].get(name) != value
         ]
+        if not changed:
+            self._start_epoch(state["epoch"], state["row"])
+            if self._pass.fingerprint != state["order"]:
+                changed = ["the order of the rows is another one: rows of the data were changed, or the code has"]
         if changed:
             raise ConfigError(
-                f"cannot resume at the saved data position, samples would be repeated or lost: {'; '.join(changed)}. "
-                "Restore these settings, or start a new run from the checkpoint's weights (checkpoint.init_from)"
+                f"cannot resume in pass {state['epoch'] + 1}, behind row {state['row']}: samples would be repeated or "
+                f"lost: {'; '.join(changed)}. Restore these settings, or start a new run from the checkpoint's weights "
+                "(checkpoint.init_from)"
             )
-        self._start_epoch(state["epoch"])
-        position = decode_state(state["position"])
-        self._loader.restore_state_rank(position)
-        if position is not None and self._config.num_workers > 0:
-            # energon 7.4.1 leaves out the offset: a second save before a worker's next row would repeat its rows.
-            self._loader._worker_sample_counters = [
-                last if worker.state is None else last + worker.offset
-                for last, worker in zip(self._loader._worker_sample_counters, position.worker_states, strict=True)
-            ]
 
     def close(self) -> None:
-        """Stop the worker processes; the loader cannot be used afterwards."""
-        if self._rows is not None:
-            self._rows.close()
+        """Stop the worker processes; the next row starts them again."""
+        if self._iterator is not None and self._config.num_workers > 0:
             # By name: the iterator stands in reference cycles, and a later fork would inherit it and fail to free it.
-            if self._loader._iterator is not None:
-                self._loader._iterator._shutdown_workers()
-                self._loader._iterator = None
-            self._rows = None
+            self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        self._iterator = None
 
-    def _start_epoch(self, epoch: int) -> None:
+    def _start_epoch(self, epoch: int, row: int = 0) -> None:
         self.close()
+        numbers = draw_samples(
+            self._source.sizes,
+            self._source.repetitions,
+            seed=self._seed,
+            epoch=epoch,
+            shuffle=self._split == "train",
+        )
+        self._pass = plan_pass(
+            numbers,
+            self.lengths,
+            seq_length=self._seq_length,
+            window=self._config.packing_buffer_size,
+            pack=self._config.pack,
+        )
         self._epoch = epoch
-        self._ended_workers: set[int] = set()
-        self._loader = self._open(epoch)
+        self._row = row
 
-    def _open(self, epoch: int) -> SavableDataLoader:
-        worker_config = self._worker_config(epoch)
-        loaded = self._load(worker_config)
-        with contextlib.redirect_stdout(io.StringIO()) as printed:  # energon prints the slices of every worker
-            dataset = self._encoder.build_train_datasets(
-                datasets=loaded.datasets,
-                worker_config=worker_config,
-                batch_size=None,
-                shuffle_buffer_size=None,  # the encoder builds it
-                blend_mode=loaded.blend_mode,
-                repeat=False,
-            )
-        _log.debug("epoch %d: %s", epoch, printed.getvalue())
-        loader = get_savable_loader(
+    def _measure(self, gather: Callable[[Lengths], Sequence[Lengths]]) -> Lengths:
+        """Tokens of every sample, 0 for those that cannot be used; the ranks share the work."""
+        started = time.perf_counter()
+        share = Share(global_batch_size=self._share.dp_size, dp_rank=self._share.dp_rank, dp_size=self._share.dp_size)
+        chunks = _Chunks(self._source)
+        parts = gather(np.concatenate([np.empty(0, np.int32), *_all(self._load(chunks, 0, share))]))
+        lengths = np.zeros(len(self._source), np.int32)
+        for rank, part in enumerate(parts):
+            mine = [
+                n
+                for chunk in Share(global_batch_size=len(parts), dp_rank=rank, dp_size=len(parts)).rows(0, len(chunks))
+                for n in chunks.numbers(chunk)
+            ]
+            lengths[mine] = part
+        log.info("measured %s samples of %s in %.1f s", f"{len(lengths):,}", self._split, time.perf_counter() - started)
+        return lengths
+
+    def _load(self, dataset: "_Rows | _Chunks", first: int, share: Share | None = None) -> DataLoader:
+        workers = self._config.num_workers
+        return DataLoader(
             dataset,
-            checkpoint_every_sec=SECONDS_BETWEEN_WORKER_STATES,
-            cache_pool=NoCachePool(),
-            watchdog_timeout_seconds=None,  # its thread only warns, and holds up closing a loader for seconds
-            # Without workers, energon's collector would run in the training process, whose own policy rules there.
-            gc_collect_every_n_steps=10 if self._config.num_workers > 0 else 0,
-        )
-        loader.pin_memory = False  # energon's pinning does not look into a PackedRow; it would only cost a thread
-        return loader
-
-    def _worker_config(self, epoch: int) -> WorkerConfig:
-        digest = hashlib.sha256(f"{self._seed},{epoch}".encode()).digest()
-        return WorkerConfig(
-            rank=self._dp_rank,
-            world_size=self._dp_size,
-            num_workers=self._config.num_workers,
-            seed_offset=int.from_bytes(digest[:6], "big"),
-            global_error_handler=_stop,
-            restore_error_handler=_stop,
-        )
-
-    def _load(self, worker_config: WorkerConfig) -> LoadedDatasetList:
-        shuffled = self._split == "train"
-        return load_leaves(
-            self._config.path,
-            split=self._split,
-            worker_config=worker_config,
-            max_samples_per_sequence=SAMPLES_PER_SLICE if shuffled else None,
-            parallel_shard_iters=16 if shuffled else 1,
-            shuffle_over_epochs_multiplier=1 if shuffled else None,
+            sampler=(share or self._share).rows(first, len(dataset)),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            multiprocessing_context="fork" if workers else None,
+            generator=torch.Generator(),  # torch would draw a seed for workers from the training's own random stream
         )
 
 
-def load_leaves(path: str, *, split: str, worker_config: WorkerConfig, **source_options: Any) -> LoadedDatasetList:
-    """Open the data sets of one split.
+class _Rows(Dataset[PackedRow]):
+    """The rows of a pass by number."""
 
-    Args:
-        path: a prepared folder or a metadataset YAML.
-        split: its split.
-        worker_config: ranks and workers.
-        source_options: how leaves are sliced and shuffled.
+    def __init__(self, source: SampleSource, encoder: ChatTaskEncoder, order: Pass, lengths: Lengths):
+        self._source = source
+        self._encoder = encoder
+        self._pass = order
+        self._lengths = lengths
 
-    Raises:
-        DataError: see `RowLoader`.
-    """
-    file = dataset_file(path)
+    def __len__(self) -> int:
+        return len(self._pass)
+
+    def __getitem__(self, row: int) -> PackedRow:
+        numbers = self._pass.row(row)
+        samples = self._source.read(numbers)
+        for sample, number in zip(samples, numbers, strict=True):
+            if len(sample) != self._lengths[number]:
+                raise DataError(
+                    f"sample {sample.key!r} has {len(sample)} tokens, it had {self._lengths[number]} when the run "
+                    "started: its file was changed. Start the run again"
+                )
+        return self._encoder.pack_selected_samples([self._encoder.postencode_sample(sample) for sample in samples])
+
+
+class _Chunks(Dataset[Lengths]):
+    """Lengths of neighbouring samples, a chunk at a time."""
+
+    def __init__(self, source: SampleSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return -(-len(self._source) // SAMPLES_PER_CHUNK)
+
+    def numbers(self, chunk: int) -> range:
+        """Sample numbers of a chunk."""
+        return range(chunk * SAMPLES_PER_CHUNK, min((chunk + 1) * SAMPLES_PER_CHUNK, len(self._source)))
+
+    def __getitem__(self, chunk: int) -> Lengths:
+        return np.array([len(sample) for sample in self._source.read(self.numbers(chunk))], np.int32)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _next(iterator: Iterator[PackedRow]) -> PackedRow:
     try:
-        loaded = load_dataset(EPath(str(file))).get_datasets(
-            training=True, split_part=split, worker_config=worker_config, **source_options
-        )
-    except (AssertionError, ValueError, TypeError, KeyError, OSError) as error:  # energon reports user errors as these
-        raise DataError(f"{file}: cannot open split {split!r}: {type(error).__name__}: {error}") from error
-    if loaded.blend_mode is DatasetBlendMode.DATASET_WEIGHT:
-        raise DataError(
-            f"{file}: split {split!r} is a weighted blend, which never ends and repeats samples at random; "
-            "write blend_epochized with repetitions instead of blend with weights"
-        )
-    for leaf in loaded.datasets:
-        leaf.dataset = _keep_lines_raw(leaf.dataset)
-    return loaded
+        return next(iterator)
+    except DataError as error:  # from a worker, torch puts its own words and the whole traceback in front
+        raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
 
 
-def dataset_file(path: str) -> Path:
-    """The metadataset YAML that data.path means.
-
-    Raises:
-        DataError: there is none, or the folder's preparation did not finish.
-    """
-    folder = Path(path)
-    if folder.is_file() and folder.suffix in (".yaml", ".yml"):
-        return folder
-    if not folder.is_dir():
-        raise DataError(f"data.path {path} is neither a prepared folder nor a metadataset YAML")
-    if not (folder / "report.json").is_file():
-        raise DataError(f"{path} has no report.json: its preparation did not finish; run tools/prepare_data.py again")
-    return folder / "dataset.yaml"
-
-
-def read_report(path: str) -> dict[str, Any] | None:
-    """report.json of a prepared folder (rows, kept, images, dropped, train, val, ...), None for a metadataset YAML.
-
-    Raises:
-        DataError: as `dataset_file`.
-    """
-    file = dataset_file(path)
-    return None if file == Path(path) else json.loads((file.parent / "report.json").read_text())
-
-
-def mean_tokens(path: str, chat: ChatEncoder, seq_length: int) -> float | None:
-    """Estimate the tokens that a training sample takes, from SAMPLED_ROWS evenly spaced rows.
-
-    Args:
-        path: a prepared folder, or a metadataset YAML.
-        chat: encodes the rows as training does.
-        seq_length: tokens of a row; a sample that is longer is skipped and counts as 0, as a broken one does.
-
-    Returns:
-        Mean over all samples, skipped ones included; None for a metadataset, whose rows this does not read.
-    """
-    report = read_report(path)
-    if report is None:
-        return None
-    lengths = []
-    with (Path(path) / "train.jsonl").open() as file:
-        for line in islice(file, 0, None, max(1, report["train"] // SAMPLED_ROWS)):
-            try:
-                row = json.loads(line)
-                counts = {name: len(names) for name, names in row["media"].items()}
-                length = chat.encode_conversation(parse_messages(row["messages"]), counts).input_ids.numel()
-            except (BadSample, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-                length = 0
-            lengths.append(length if length <= seq_length else 0)
-    return sum(lengths) / max(1, len(lengths))
-
-
-def train_samples(path: str) -> int:
-    """Samples in one pass over the training split, bad ones included.
-
-    Raises:
-        DataError: as `RowLoader`.
-    """
-    report = read_report(path)
-    if report is not None:
-        return report["train"]
-    worker_config = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    loaded = load_leaves(path, split="train", worker_config=worker_config)
-    return sum(int(_leaf_samples(leaf) * (leaf.repetitions or 1)) for leaf in loaded.datasets)
-
-
-def _leaf_samples(leaf: LoadedDataset) -> int:
-    subset = getattr(leaf.dataset, "subset", None)
-    start, end = subset.compute_subset(len(leaf.dataset)) if subset else (0, len(leaf.dataset))
-    return end - start
-
-
-def _keep_lines_raw(factory: Any) -> Any:
-    """Leave JSON lines unparsed: energon's parser would turn a broken line into an exception before we can count it."""
-    if type(factory) is not DefaultCrudeJsonlDatasetFactory:
-        return factory
-    raw = CrudeJsonlDatasetFactory(
-        factory.path,
-        training=factory.training,
-        worker_config=factory.worker_config,
-        shuffle_over_epochs=factory.shuffle_over_epochs,
-        parallel_shard_iters=factory.parallel_shard_iters,
-        max_samples_per_sequence=factory.max_samples_per_sequence,
-        subset=factory.subset,
-    )
-    raw.subflavors = factory.subflavors
-    return raw
-
-
-def _fingerprint(loaded: LoadedDatasetList) -> str:
-    """Hash of what defines the stream's samples: leaves in order, their share, and the length of every row.
-
-    Folders may move; a row that changes its content but not its length goes unnoticed.
-    """
-    digest = hashlib.sha256()
-    for leaf in loaded.datasets:
-        subset = getattr(leaf.dataset, "subset", None)
-        share = (len(leaf.dataset), leaf.weight, leaf.repetitions, subset.config() if subset else None)
-        digest.update(repr(share).encode())
-        for source in leaf.dataset.paths:
-            for index in (EPath(f"{source}.idx"), EPath(str(source)) / ".nv-meta" / ".info.json"):
-                if index.is_file():
-                    digest.update(index.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _stop(error: Exception, sample: object, sources: object) -> NoReturn:
-    """energon's error handler: its default prints the error and drops the sample; ours stops the run."""
-    raise error
+def _all(loader: DataLoader) -> list[Any]:
+    iterator = iter(loader)
+    return [_next(iterator) for _ in range(len(loader))]

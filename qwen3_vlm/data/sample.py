@@ -17,7 +17,7 @@ import torch
 
 
 class MediaFile(Protocol):
-    """One media file, read when it is needed (an energon `Lazy` over an aux store)."""
+    """One media file, read when it is needed."""
 
     def get(self) -> bytes:
         """Read the file.
@@ -114,7 +114,6 @@ class PackedRow:
     """Keys of the documents, padding excluded; may be empty."""
     skipped: list[SkippedSample]
     """Samples that were to be in this row and cannot be used."""
-    __restore_key__: tuple = ()
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,12 @@
-"""Tensors from one rank of a group to all of it, whatever their shapes."""
+"""Tensors from one rank of a group to all of it, whatever their shapes; objects from all ranks to all."""
+
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Item = TypeVar("Item")
 
 
 def broadcast_tensors(
@@ -38,3 +42,10 @@ def broadcast_tensors(
             dist.broadcast(buffer, src=source, group=group)
         received.append(buffer)
     return received
+
+
+def gather_objects(mine: Item, group: dist.ProcessGroup) -> list[Item]:
+    """Give every rank of a group what each of them has (picklable, small), in the order of the ranks."""
+    gathered: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    return gathered

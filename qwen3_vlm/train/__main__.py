@@ -67,11 +67,13 @@ def train(config: "RunConfig") -> None:
     from pathlib import Path
 
     import torch
+    from megatron.core import parallel_state
 
     from qwen3_vlm.checkpoint import layout, sharded
     from qwen3_vlm.config.compose import to_yaml
-    from qwen3_vlm.data.chat import ChatEncoder
-    from qwen3_vlm.data.loader import RowLoader, mean_tokens, train_samples
+    from qwen3_vlm.data.loader import RowLoader
+    from qwen3_vlm.data.order import Share
+    from qwen3_vlm.data.source import train_samples
     from qwen3_vlm.data.tokenizer import ChatTokenizer
     from qwen3_vlm.errors import ConfigError
     from qwen3_vlm.logging import get_logger
@@ -79,10 +81,11 @@ def train(config: "RunConfig") -> None:
     from qwen3_vlm.model.vlm import VLM
     from qwen3_vlm.parallel import topology as topologies
     from qwen3_vlm.parallel.apply import build_stage, check_saved_offsets
+    from qwen3_vlm.parallel.broadcast import gather_objects
     from qwen3_vlm.train import callbacks
     from qwen3_vlm.train.batches import StepBatches
     from qwen3_vlm.train.optimizer import ProgressSchedule, build_optimizer
-    from qwen3_vlm.train.plan import check_architecture, describe_run, estimate_steps, total_samples
+    from qwen3_vlm.train.plan import check_architecture, describe_run, total_samples
     from qwen3_vlm.train.trainer import Trainer
 
     log = get_logger("qwen3_vlm.train")
@@ -98,15 +101,33 @@ def train(config: "RunConfig") -> None:
     modalities = build_modalities(config.modality)
     tokenizer = ChatTokenizer.from_folder(source / layout.PROCESSOR, modalities)
     samples = train_samples(config.data.path)
-    tokens = mean_tokens(config.data.path, ChatEncoder(tokenizer, modalities), config.train.seq_length)
-    estimate = estimate_steps(config, samples, tokens)
 
     topology = topologies.initialize(config.parallel, seed=config.train.seed)
     try:
         if topology.rank == 0:
             exp_dir.mkdir(parents=True, exist_ok=True)
             (exp_dir / "config.yaml").write_text(to_yaml(config))
-            for line in (topology.backend.describe(), *describe_run(config, topology, samples, estimate)):
+            log.info(topology.backend.describe())
+        loader = (
+            RowLoader(
+                config.data,
+                seq_length=config.train.seq_length,
+                modalities=modalities,
+                tokenizer=tokenizer,
+                seed=config.train.seed,
+                share=Share(
+                    global_batch_size=config.train.global_batch_size,
+                    micro_batch_size=config.train.micro_batch_size,
+                    dp_rank=topology.dp_rank,
+                    dp_size=topology.dp_size,
+                ),
+                gather=lambda mine: gather_objects(mine, parallel_state.get_data_parallel_group()),
+            )
+            if topology.is_model_parallel_source
+            else None
+        )
+        if topology.rank == 0 and loader is not None:
+            for line in describe_run(config, topology, samples=samples, rows=loader.rows_per_pass, fill=loader.fill):
                 log.info(line)
         torch.use_deterministic_algorithms(config.train.deterministic)
 
@@ -128,19 +149,6 @@ def train(config: "RunConfig") -> None:
         check_saved_offsets(wrapped)
         optimizer = build_optimizer(config.optim, config.precision, wrapped)
         whole_run = config.train.max_steps or total_samples(config, samples)
-        loader = (
-            RowLoader(
-                config.data,
-                seq_length=config.train.seq_length,
-                modalities=modalities,
-                tokenizer=tokenizer,
-                dp_rank=topology.dp_rank,
-                dp_size=topology.dp_size,
-                seed=config.train.seed,
-            )
-            if topology.is_model_parallel_source
-            else None
-        )
         watchers: list[callbacks.Callback] = []
         if topology.rank == 0:
             watchers = [callbacks.MetricsFile(exp_dir), callbacks.SkippedFile(exp_dir)]
@@ -165,7 +173,6 @@ def train(config: "RunConfig") -> None:
                 gather_keys=config.logging.sample_keys,
             ),
             loader=loader,
-            estimated_steps=estimate,
             samples_per_epoch=samples,
             total_samples=None if config.train.max_steps is not None else whole_run,
             source=source,

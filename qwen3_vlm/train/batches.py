@@ -7,6 +7,7 @@ update.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,12 @@ from megatron.core import parallel_state
 
 from qwen3_vlm.data.loader import RowLoader
 from qwen3_vlm.data.packing import collate_rows, empty_row
-from qwen3_vlm.data.sample import MediaBatch, MicroBatch, PackedRow, SkippedSample
+from qwen3_vlm.data.sample import MediaBatch, MicroBatch, SkippedSample
 from qwen3_vlm.modality.base import Modality
-from qwen3_vlm.parallel.broadcast import broadcast_tensors
+from qwen3_vlm.parallel.broadcast import broadcast_tensors, gather_objects
 from qwen3_vlm.parallel.topology import Topology
 
+Item = TypeVar("Item")
 _TENSORS = ("input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens")
 
 
@@ -83,13 +85,12 @@ class StepBatches:
         self.num_micro_batches = global_batch_size // (micro_batch_size * topology.dp_size)
         self._gather_keys = gather_keys
         self.epoch = 0
-        """Passes that all data-parallel ranks have completed; a resumed run sets it."""
+        """Passes completed; a resumed run sets it."""
 
     def next_step(self) -> StepBatch | None:
         """The next global batch, or None where an epoch ends; the following call starts the next epoch.
 
-        Data-parallel ranks run out of rows at slightly different steps: one that has none left contributes rows of
-        padding.
+        The last batch of an epoch is filled up with rows of padding.
         """
         micro_batches = self._read() if self._loader is not None else None
         counts = self._count(micro_batches)
@@ -99,23 +100,18 @@ class StepBatches:
         batch = StepBatch(micro_batches=self._share(micro_batches), counts=counts)
         if self._loader is not None and micro_batches is not None:
             if counts.skipped:
-                batch.skipped = self._gather([s for m in micro_batches for s in m.skipped])
+                batch.skipped = self._gather([m.skipped for m in micro_batches])
             if self._gather_keys:
-                batch.keys = self._gather([k for m in micro_batches for k in m.keys])
+                batch.keys = self._gather([m.keys for m in micro_batches])
         return batch
 
     def _read(self) -> list[MicroBatch]:
         assert self._loader is not None
-        rows: list[PackedRow] = []
+        rows = self._loader.next_rows() or []
         wanted = self.num_micro_batches * self._micro_batch_size
-        # A rank that is at the end of its pass waits there until all are: its loader is then one epoch ahead.
-        while len(rows) < wanted and self._loader.epoch == self.epoch:
-            row = self._loader.next_row()
-            if row is not None:
-                rows.append(row)
         self._rows_read = len(rows)
         padding = empty_row(seq_length=self._seq_length, pad_id=self._pad_id, modalities=self._modalities)
-        rows += [padding] * (wanted - len(rows))
+        rows = rows + [padding] * (wanted - len(rows))
         size = self._micro_batch_size
         return [collate_rows(rows[n : n + size]) for n in range(0, wanted, size)]
 
@@ -187,9 +183,7 @@ class StepBatches:
             for _ in range(self.num_micro_batches)
         ]
 
-    def _gather(self, mine: list) -> list:
-        """Lists of all data-parallel ranks joined on the first; called by reading ranks only."""
-        group = parallel_state.get_data_parallel_group()
-        gathered: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, mine, group=group)
-        return [x for part in gathered for x in part]
+    def _gather(self, mine: list[list[Item]]) -> list[Item]:
+        """One list for each micro batch -> all ranks' items in the order of the rows; called by reading ranks only."""
+        of_ranks = gather_objects(mine, parallel_state.get_data_parallel_group())
+        return [item for micro_batch in zip(*of_ranks, strict=True) for part in micro_batch for item in part]

@@ -42,42 +42,29 @@ def total_samples(config: RunConfig, samples: int) -> int:
     return math.ceil(config.train.epochs * samples)
 
 
-def estimate_steps(config: RunConfig, samples: int, mean_tokens: float | None) -> int | None:
-    """Steps that the run is expected to take; None if train.max_steps says it, or if the data's lengths are unknown.
-
-    Args:
-        config: the run.
-        samples: of one pass over the training split.
-        mean_tokens: of a sample.
-    """
-    if config.train.max_steps is not None or (config.data.pack and mean_tokens is None):
-        return None
-    rows = float(total_samples(config, samples))
-    if config.data.pack and mean_tokens is not None:
-        rows *= mean_tokens / config.train.seq_length
-    return max(1, math.ceil(rows / config.train.global_batch_size))
-
-
-def describe_run(config: RunConfig, topology: Topology, samples: int, estimate: int | None) -> list[str]:
+def describe_run(config: RunConfig, topology: Topology, *, samples: int, rows: int, fill: float) -> list[str]:
     """Lines for the log.
 
     Args:
         config: the run.
         topology: where it runs.
         samples: of one pass over the training split.
-        estimate: from `estimate_steps`.
+        rows: of the first pass.
+        fill: share of their positions that hold tokens.
     """
     t, p = config.train, config.parallel
     accumulation = t.global_batch_size // (t.micro_batch_size * topology.dp_size)
+    steps = math.ceil(rows / t.global_batch_size)
     if t.max_steps is not None:
-        length = f"{t.max_steps:,} steps (train.max_steps)"
+        length = f"{t.max_steps:,} steps (train.max_steps) = {t.max_steps / max(1, steps):.3g} epochs"
     else:
-        steps = "unknown" if estimate is None else f"{estimate:,}"
-        length = f"{t.epochs:g} epochs = {total_samples(config, samples):,} samples; estimated steps: {steps}"
+        length = (
+            f"{t.epochs:g} epochs = {total_samples(config, samples):,} samples, about {t.epochs * steps:,.0f} steps"
+        )
     tokens = f"{t.global_batch_size} x {t.seq_length} = {t.global_batch_size * t.seq_length:,} tokens a step"
     return [
         f"world {topology.world_size} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp {topology.dp_size}",
         f"global batch {t.global_batch_size} rows = micro batch {t.micro_batch_size} x {accumulation} micro batches x "
         f"dp {topology.dp_size}; {tokens}",
-        f"{samples:,} training samples; {length}",
+        f"{samples:,} training samples in {rows:,} rows, {fill:.1%} full: {steps:,} steps an epoch; {length}",
     ]

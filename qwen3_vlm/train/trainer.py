@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -14,7 +13,7 @@ from qwen3_vlm.checkpoint import layout, sharded
 from qwen3_vlm.config.compose import to_dict
 from qwen3_vlm.config.schema import RunConfig
 from qwen3_vlm.data.loader import RowLoader
-from qwen3_vlm.errors import CheckpointError, DataError
+from qwen3_vlm.errors import DataError
 from qwen3_vlm.logging import get_logger
 from qwen3_vlm.model.vlm import VLM
 from qwen3_vlm.parallel.topology import Topology
@@ -53,7 +52,6 @@ class Trainer:
         batches: the run's data; `loader` is this rank's reader, None where it does not read.
         samples_per_epoch: samples of one pass, as the data's report says.
         total_samples: samples of the whole run, by which it ends and the schedule runs; None if train.max_steps is set.
-        estimated_steps: what the log compares the truth with; None if there is no estimate.
         source: the checkpoint that the run started from: its tokenizer and image processor go into every save.
         callbacks: watchers; only rank 0 has any.
     """
@@ -71,7 +69,6 @@ class Trainer:
         loader: RowLoader | None,
         samples_per_epoch: int,
         total_samples: int | None,
-        estimated_steps: int | None,
         source: Path,
         callbacks: Sequence[Callback],
     ):
@@ -85,7 +82,6 @@ class Trainer:
         self.loader = loader
         self.samples_per_epoch = samples_per_epoch
         self.total_samples = total_samples
-        self.estimated_steps = estimated_steps
         self.source = source
         self.callbacks = callbacks
         self.exp_dir = Path(config.exp_dir)
@@ -116,8 +112,7 @@ class Trainer:
                 raise self._nothing_learned()
             if saved_at != self.progress.step:
                 self.save()
-            estimate = "" if self.estimated_steps is None else f"; {self.estimated_steps:,} steps were estimated"
-            log.info("done: %s%s", self._describe_progress(), estimate)
+            log.info("done: %s", self._describe_progress())
         finally:
             for callback in self.callbacks:
                 callback.on_end()
@@ -207,16 +202,14 @@ class Trainer:
         directory = layout.step_dir(self.exp_dir, self.progress.step)
         if self.topology.rank == 0:
             layout.start(directory, replace=True)
-            (directory / layout.DATA).mkdir()
             # Not the source's once there is a save: a source that is an earlier step of this run may be pruned by now.
             layout.copy_processor(layout.latest_step_dir(self.exp_dir) or self.source, directory)
         dist.barrier()
         sharded.save_run(self.model, self._run_state(), directory / layout.STATE)
-        if self.loader is not None:
-            torch.save(self.loader.state_dict(), self._data_file(directory))
         dist.barrier()
         if self.topology.rank == 0:
-            progress = asdict(self.progress) | self._layout()
+            assert self.loader is not None, "rank 0 reads data"
+            progress = asdict(self.progress) | self._layout() | {"data": self.loader.state_dict()}
             layout.write_manifest(
                 directory, layout.Manifest(step=self.progress.step, config=to_dict(self.config), progress=progress)
             )
@@ -224,39 +217,28 @@ class Trainer:
             layout.prune(self.exp_dir, self.config.checkpoint.keep)
 
     def resume(self) -> None:
-        """Go on from the run's latest save, if there is one.
+        """Go on from the run's latest save, if there is one; it may have been made at another layout.
 
         Raises:
             CheckpointError: the save does not fit this run.
+            ConfigError: it stands at a position in other data.
         """
         directory = layout.latest_step_dir(self.exp_dir)
         if directory is None:
             return
         saved = dict(layout.read_manifest(directory).progress)
         was = {key: saved.pop(key) for key in self._layout()}
-        self._check_resumable(directory, was)
-        same_layout = was == self._layout()
-        sharded.load_run(self.model, self._run_state(), directory / layout.STATE, same_layout=same_layout)
+        position = saved.pop("data")
         if self.loader is not None:
-            self.loader.load_state_dict(torch.load(self._data_file(directory), weights_only=True))
+            self.loader.load_state_dict(position)
+        sharded.load_run(self.model, self._run_state(), directory / layout.STATE, same_layout=was == self._layout())
         self.progress = Progress(**saved)
         self.batches.epoch = self.progress.epoch
         log.info("resumed %s at step %d", directory, self.progress.step)
 
-    def _check_resumable(self, directory: Path, was: dict[str, int]) -> None:
-        if was["dp_size"] != self.topology.dp_size:
-            raise CheckpointError(
-                f"{directory} was saved with {was['dp_size']} data-parallel ranks, this run has "
-                f"{self.topology.dp_size}: the position in the data cannot be carried over. Use the same number, or "
-                f"start a new exp_dir with checkpoint.init_from={directory}."
-            )
-
     def _layout(self) -> dict[str, int]:
-        t = self.topology
-        return {"tp_size": t.tp_size, "pp_size": t.pp_size, "dp_size": t.dp_size}
+        """What the random streams belong to."""
+        return {"tp_size": self.topology.tp_size, "pp_size": self.topology.pp_size}
 
     def _run_state(self) -> sharded.RunState:
         return sharded.RunState(optimizer=self.optimizer, scheduler=self.schedule.scheduler)
-
-    def _data_file(self, directory: Path) -> Path:
-        return directory / layout.DATA / f"dp_{self.topology.dp_rank:05d}.pt"

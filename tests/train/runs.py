@@ -17,6 +17,7 @@ from tests.images import jpeg
 TIMES = ("step_time_s", "tokens_per_s", "images_per_s")
 """Keys of metrics.jsonl that no two runs share."""
 LR = 0.003
+EVERYTHING = "train.trainable=[decoder,image.encoder,image.resampler,image.projector]"
 TWO_EPOCHS = ("train.epochs=2", f"optim.lr={LR}")
 """Length of the runs that are compared with each other."""
 Row = dict[str, Any]
@@ -88,7 +89,6 @@ def overrides(checkpoint: Path, data: Path, exp_dir: Path, *more: str) -> list[s
         f"exp_dir={exp_dir}",
         "precision=fp32",
         "data.num_workers=0",
-        "data.shuffle_buffer_size=8",
         "data.packing_buffer_size=6",
         "train.seq_length=256",
         "train.global_batch_size=2",

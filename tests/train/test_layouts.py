@@ -1,6 +1,8 @@
-"""One run at several layouts: tensor and pipeline ranks change nothing, data-parallel ranks share the samples out."""
+"""One run at several layouts, and a run that goes on at another layout than it was saved at: the same numbers."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -8,11 +10,39 @@ import pytest
 
 from qwen3_vlm.parallel import topology as topologies
 from tests.distributed.launch import Check, Results, launch
-from tests.train.runs import TWO_EPOCHS, Run, overrides, prepared, row, train
+from tests.train.runs import EVERYTHING, TWO_EPOCHS, Run, overrides, prepared, row, train
+
+SAVED_AT = 4
+LAYOUTS = {
+    "tp2": ("parallel=tp2",),
+    "tp2_whole_sequence": ("parallel=tp2", "parallel.sequence_parallel=false"),
+    "pp2": ("parallel=pp2",),
+    "dp2": ("train.micro_batch_size=1",),
+    "tp4": ("parallel=tp4",),
+    "pp4": ("parallel=pp4",),
+    "tp2_pp2": ("parallel=tp2pp2",),
+    "tp2_dp2": ("parallel=tp2",),
+    "pp2_dp2": ("parallel=pp2",),
+    "dp4": (),
+}
+"""What the command line adds; dp follows from the number of processes."""
+MOVES = [("one", "tp2"), ("tp2", "pp2"), ("pp2", "dp2"), ("dp2", "tp2_whole_sequence")]
+"""Layout of the save -> layout that goes on; two processes."""
+MOVES_TO_ONE = ["tp2", "pp2", "dp2"]
+FULL_MOVES = [("one", "dp4"), ("dp4", "tp2_pp2"), ("tp2_pp2", "pp4"), ("pp4", "tp4"), ("tp4", "pp2_dp2")]
+FULL_MOVES += [("pp2_dp2", "tp2_dp2"), ("tp2_dp2", "dp4")]
+"""Four processes."""
 
 
-def _train_in_ranks(folder: Path, parallel: str) -> None:
-    """The straight run's command at another layout, in processes that train at a next one afterwards."""
+def command(folder: Path, name: str, layout: str) -> list[str]:
+    """One run in which every part learns; the steps are of 4 rows."""
+    inputs = [(folder / link).resolve() for link in ("checkpoint", "data")]
+    more = (*TWO_EPOCHS, EVERYTHING, "train.global_batch_size=4", "train.seq_length=128", *LAYOUTS.get(layout, ()))
+    return overrides(*inputs, folder / name, *more)
+
+
+def train_here(folder: Path, name: str, layout: str) -> None:
+    """The command, in processes that train at a next layout afterwards."""
     from megatron.core import parallel_state
 
     from qwen3_vlm.checkpoint.layout import read_architecture
@@ -20,50 +50,122 @@ def _train_in_ranks(folder: Path, parallel: str) -> None:
     from qwen3_vlm.config.validate import validate
     from qwen3_vlm.train.__main__ import train as train_in_process
 
-    checkpoint, data = ((folder / name).resolve() for name in ("checkpoint", "data"))
-    command = overrides(checkpoint, data, folder / parallel, *TWO_EPOCHS, f"parallel={parallel}")
-    config = compose("stage1_align", command, read_architecture=read_architecture)
+    config = compose("stage1_align", command(folder, name, layout), read_architecture=read_architecture)
     validate(config, int(os.environ["WORLD_SIZE"]))
     with mock.patch.object(topologies, "shutdown", parallel_state.destroy_model_parallel):
         train_in_process(config)
 
 
-def tp2(folder: Path) -> None:
-    """Tensor and sequence parallel."""
-    _train_in_ranks(folder, "tp2")
+def cut_off(folder: Path, layout: str, name: str) -> None:
+    """A run that was killed behind its save of step SAVED_AT."""
+    whole, cut = Run(folder / layout), Run(folder / name)
+    shutil.copytree(whole.step_dir(SAVED_AT), cut.step_dir(SAVED_AT))
+    (cut.exp_dir / "checkpoints" / "latest").write_text(f"{cut.step_dir(SAVED_AT).name}\n")
+    for file in ("metrics.jsonl", "sample_keys.jsonl"):
+        lines = (whole.exp_dir / file).read_text().splitlines(keepends=True)
+        (cut.exp_dir / file).write_text("".join(lines[:SAVED_AT]))
 
 
-def pp2(folder: Path) -> None:
-    """Two stages."""
-    _train_in_ranks(folder, "pp2")
+def move(folder: Path, source: str, target: str) -> None:
+    """Save at one layout, go on at another."""
+    if os.environ["RANK"] == "0":
+        cut_off(folder, source, f"{source}_to_{target}")
+    train_here(folder, f"{source}_to_{target}", target)
 
 
-LAYOUTS = (tp2, pp2)
+def _run_all(folder: Path, moves: list[tuple[str, str]]) -> None:
+    for layout in dict.fromkeys(layout for pair in moves for layout in pair if layout != "one"):
+        train_here(folder, layout, layout)
+    for source, target in moves:
+        move(folder, source, target)
+
+
+def two(folder: Path) -> None:
+    """Every layout of two processes, and the moves between them."""
+    _run_all(folder, MOVES)
+
+
+def four(folder: Path) -> None:
+    """Every layout of four processes, and the moves between them."""
+    _run_all(folder, FULL_MOVES)
 
 
 @pytest.fixture(scope="module")
-def results(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
-    """One start of two processes that trains at both layouts."""
-    folder = tmp_path_factory.mktemp("layouts")
-    (folder / "checkpoint").symlink_to(checkpoint)
-    (folder / "data").symlink_to(data)
-    return folder, launch(LAYOUTS, num_processes=2, folder=folder)
+def start(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Check, int], Path]:
+    """A start of several processes in a folder that already holds the run of one process."""
+    whole = tmp_path_factory.mktemp("layouts")
+    (whole / "checkpoint").symlink_to(checkpoint)
+    (whole / "data").symlink_to(data)
+    done = train(command(whole, "one", "one"))
+    assert done.returncode == 0, done.describe()
+
+    def launch_in(check: Check, num_processes: int) -> Path:
+        folder = whole.parent / f"{whole.name}_{num_processes}"
+        shutil.copytree(whole, folder, symlinks=True)
+        results: Results = launch([check], num_processes=num_processes, folder=folder, timeout_s=600)
+        results.require(check)
+        return folder
+
+    return launch_in
 
 
-@pytest.mark.parametrize("check", LAYOUTS, ids=lambda check: check.__name__)
-def test_losses_and_gradient_norms_are_those_of_one_process(results: tuple[Path, Results], straight: Run, check: Check):
-    """Worst relative difference: tp2 loss 1e-7, gradient norm 2.3e-6; pp2 none."""
-    folder, outcome = results
-    outcome.require(check)
-    run = Run(folder / check.__name__)
-    assert run.keys == straight.keys
+@pytest.fixture(scope="module")
+def of_two(start: Callable[[Check, int], Path]) -> Path:
+    """Runs of two processes."""
+    return start(two, 2)
+
+
+@pytest.fixture(scope="module")
+def of_four(start: Callable[[Check, int], Path]) -> Path:
+    """Runs of four processes."""
+    return start(four, 4)
+
+
+def assert_same_run(folder: Path, name: str) -> None:
+    """Every step of the run of one process: the same samples, losses and gradient norms."""
+    run, one = Run(folder / name), Run(folder / "one")
+    assert run.keys == one.keys
     floats = ("loss", "grad_norm")
-    for got, expected in zip(run.metrics, straight.metrics, strict=True):
-        for name in floats:
-            assert got[name] == pytest.approx(expected[name], rel=1e-5, abs=0), (got["step"], name)
+    for got, expected in zip(run.metrics, one.metrics, strict=True):
+        for key in floats:
+            assert got[key] == pytest.approx(expected[key], rel=1e-5, abs=0), (got["step"], key)
         assert {k: v for k, v in got.items() if k not in floats} == {
             k: v for k, v in expected.items() if k not in floats
         }
+
+
+@pytest.mark.parametrize("layout", dict.fromkeys(layout for pair in MOVES for layout in pair))
+def test_losses_and_gradient_norms_are_those_of_one_process(of_two: Path, layout: str):
+    """Worst relative difference:"""
+    assert len(Run(of_two / layout).metrics) > SAVED_AT + 1
+    assert_same_run(of_two, layout)
+
+
+@pytest.mark.parametrize("pair", MOVES, ids="_to_".join)
+def test_a_run_goes_on_at_another_layout(of_two: Path, pair: tuple[str, str]):
+    """Worst relative difference behind the save:"""
+    assert_same_run(of_two, "_to_".join(pair))
+
+
+@pytest.mark.parametrize("layout", MOVES_TO_ONE)
+def test_a_run_goes_on_in_one_process(of_two: Path, layout: str):
+    name = f"{layout}_to_one"
+    cut_off(of_two, layout, name)
+    done = train(command(of_two, name, "one"))
+    assert done.returncode == 0, done.describe()
+    assert_same_run(of_two, name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", dict.fromkeys(layout for pair in FULL_MOVES for layout in pair))
+def test_layouts_of_four(of_four: Path, layout: str):
+    assert_same_run(of_four, layout)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pair", FULL_MOVES, ids="_to_".join)
+def test_a_run_goes_on_at_another_layout_of_four(of_four: Path, pair: tuple[str, str]):
+    assert_same_run(of_four, "_to_".join(pair))
 
 
 def test_data_parallel_ranks_see_every_sample_once_an_epoch(checkpoint: Path, tmp_path: Path):

@@ -123,7 +123,6 @@ def test_more_tensor_parallel_ranks_than_kv_groups_are_fine():
         (["optim.eps=0"], 1, "optim.eps 0.0 must be above 0"),
         (["data.num_workers=-1"], 1, "data.num_workers -1 must not be negative"),
         (["data.packing_buffer_size=0"], 1, "data.packing_buffer_size 0 must be at least 1"),
-        (["data.shuffle_buffer_size=0"], 1, "data.shuffle_buffer_size 0 must be at least 1"),
         (["checkpoint.save_every=0"], 1, "checkpoint.save_every 0 must be at least 1"),
         (["checkpoint.keep=0"], 1, "checkpoint.keep 0 must be at least 1"),
         (

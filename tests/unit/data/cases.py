@@ -98,6 +98,6 @@ def good_rows(count: int) -> list[dict]:
 def read_pass(loader: RowLoader) -> list[PackedRow]:
     """All rows up to the end of the pass."""
     rows = []
-    while (packed := loader.next_row()) is not None:
-        rows.append(packed)
+    while (step := loader.next_rows()) is not None:
+        rows += step
     return rows

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from megatron.energon.epathlib import EPath
 from qwen3_vlm.config.schema import DataConfig, ModalityConfig, ResamplerConfig
 from qwen3_vlm.data.chat import ChatEncoder
 from qwen3_vlm.data.loader import RowLoader
+from qwen3_vlm.data.order import Share
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.modality.base import Modality
 from qwen3_vlm.modality.registry import MODALITIES, build_modalities
@@ -77,13 +79,18 @@ def make_loader(tokenizer_folder: Path, modalities: dict[str, Modality]) -> Iter
 
     def build(path: Path, *, mods: dict[str, Modality] | None = None, **options: object) -> RowLoader:
         used = modalities if mods is None else mods
-        own = {"seq_length": 64, "dp_rank": 0, "dp_size": 1, "seed": 7, "split": "train"}
+        own = {"seq_length": 64, "seed": 7, "split": "train"}
         for name in own.keys() & options.keys():
             own[name] = options.pop(name)
-        settings = {"num_workers": 0, "shuffle_buffer_size": 10, "packing_buffer_size": 8} | options
-        config = DataConfig(path=str(path), **settings)
+        share = Share(**{f.name: options.pop(f.name) for f in fields(Share) if f.name in options})
+        config = DataConfig(path=str(path), **({"num_workers": 0, "packing_buffer_size": 8} | options))
         chat_tokenizer = ChatTokenizer.from_folder(tokenizer_folder, used)
-        loaders.append(RowLoader(config, modalities=used, tokenizer=chat_tokenizer, **own))
+        common = {"config": config, "modalities": used, "tokenizer": chat_tokenizer, **own}
+        loader = RowLoader(**common)
+        if share != Share():  # the only chunk of so few samples is rank 0's
+            parts = [loader.lengths] + [loader.lengths[:0]] * (share.dp_size - 1)
+            loader = RowLoader(**common, share=share, gather=lambda _: parts)
+        loaders.append(loader)
         return loaders[-1]
 
     yield build

@@ -4,16 +4,20 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from qwen3_vlm.config.schema import OnError
+from qwen3_vlm.config.schema import DataConfig, OnError
 from qwen3_vlm.data import loader as loader_module
-from qwen3_vlm.data.loader import RowLoader, train_samples
+from qwen3_vlm.data.loader import RowLoader
+from qwen3_vlm.data.order import Share
 from qwen3_vlm.data.sample import PackedRow
+from qwen3_vlm.data.source import train_samples
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.errors import ConfigError, DataError
 from qwen3_vlm.modality.base import Modality
@@ -81,36 +85,36 @@ def test_rows_hold_whole_documents(make_data: Make, make_loader: Load, pack: boo
     assert (max(per_row) > 1) if pack else (per_row == [1] * 23)
 
 
+def steps_of(loader: RowLoader, count: int | None = None) -> list[list[PackedRow] | None]:
+    """The next steps, to the end of two passes if no number is given; None where a pass ends."""
+    steps: list[list[PackedRow] | None] = []
+    while loader.epoch < 2 and (count is None or len(steps) < count):
+        steps.append(loader.next_rows())
+    return steps
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("state_every_s", [0.0, 10.0])
-def test_restore_is_exact(
-    make_data: Make, make_loader: Load, monkeypatch: pytest.MonkeyPatch, num_workers: int, state_every_s: float
-):
-    """At every row of two passes (two workers: at some), incl. the drained ends, where energon alone starts over."""
-    monkeypatch.setattr(loader_module, "SECONDS_BETWEEN_WORKER_STATES", state_every_s)
+def test_restore_is_exact(make_data: Make, make_loader: Load, num_workers: int):
+    """At every step of two passes (two workers: at some), pixels and skips included."""
     path = make_data(good_rows(27), images={"s3.jpg": b"broken"})
-    straight = make_loader(path, num_workers=num_workers)
+    straight = make_loader(path, num_workers=num_workers, global_batch_size=2)
     expected, states = [], []
     while straight.epoch < 2:
         states.append(as_saved(straight.state_dict()))
-        expected.append(straight.next_row())
+        expected.append(straight.next_rows())
     first_pass = expected.index(None) + 1
-    some = [first_pass - 2, first_pass + 3]
-    picked = range(len(expected)) if num_workers == 0 else some
-    for at in picked:
-        restored = make_loader(path, num_workers=num_workers)
+    for at in range(len(expected)) if num_workers == 0 else [first_pass - 2, first_pass - 1, first_pass + 3]:
+        restored = make_loader(path, num_workers=num_workers, global_batch_size=2)
         restored.load_state_dict(states[at])
-        for want in expected[at:]:
-            got = restored.next_row()
+        for want, got in zip(expected[at:], steps_of(restored), strict=True):
             assert (got is None) == (want is None)
-            if want is not None:
-                assert_equal(got, want)
-        restored.close()
+            for one, other in zip(got or [], want or [], strict=True):
+                assert_equal(one, other)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_restore_after_every_row(make_data: Make, make_loader: Load, num_workers: int):
-    """Killed and restored after each single row: positions do not drift."""
+def test_restore_after_every_step(make_data: Make, make_loader: Load, num_workers: int):
+    """Killed and restored after each single step: positions do not drift."""
     path = make_data(good_rows(6))
     expected = keys(read_pass(make_loader(path, num_workers=num_workers)))
     got, state = [], None
@@ -118,29 +122,103 @@ def test_restore_after_every_row(make_data: Make, make_loader: Load, num_workers
         loader = make_loader(path, num_workers=num_workers)
         if state is not None:
             loader.load_state_dict(state)
-        packed = loader.next_row()
-        if packed is None:
+        step = loader.next_rows()
+        if step is None:
             break
-        got += packed.keys
+        got += keys(step)
         state = as_saved(loader.state_dict())
         loader.close()
     assert got == expected
 
 
 def as_saved(state: dict) -> dict:
-    """Through a file that is read without any class of anyone."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    return json.loads(json.dumps(state))
+
+
+def test_rows_of_a_step_do_not_depend_on_ranks_workers_or_micro_batches(make_data: Make, make_loader: Load):
+    """Every layout gives each step the same rows, in the order of their micro batches."""
+    path = make_data(good_rows(50))
+    expected = steps_of(make_loader(path, global_batch_size=8))
+    assert len(expected) > 6
+    for dp_size, micro, num_workers in [(1, 4, 1), (2, 1, 0), (2, 2, 1), (4, 2, 0), (8, 1, 0)]:
+        shape = {"global_batch_size": 8, "micro_batch_size": micro, "dp_size": dp_size, "num_workers": num_workers}
+        ranks = [steps_of(make_loader(path, dp_rank=rank, **shape)) for rank in range(dp_size)]
+        for want, *parts in zip(expected, *ranks, strict=True):
+            if want is None:
+                assert parts == [None] * dp_size
+                continue
+            dealt = [
+                dealt_row
+                for m in range(0, 8 // dp_size, micro)
+                for part in parts
+                for dealt_row in (part or [])[m : m + micro]
+            ]
+            for got, wanted in zip(dealt, want, strict=True):
+                assert_equal(got, wanted)
+
+
+def test_resume_with_other_ranks_workers_and_batches(make_data: Make, make_loader: Load):
+    """In the middle of a pass DP 2 -> 1 -> 4, and with other batch sizes and workers: every key once, in order."""
+    path = make_data(good_rows(60))
+    expected = [packed.keys for packed in read_pass(make_loader(path))]
+    got: list[list[str]] = []
+    state = None
+    for dp_size, batch, num_workers, steps in [(2, 4, 0, 2), (1, 4, 2, 1), (4, 4, 0, 1), (1, 3, 1, None)]:
+        shape = {"global_batch_size": batch, "dp_size": dp_size, "num_workers": num_workers}
+        ranks = [make_loader(path, dp_rank=rank, **shape) for rank in range(dp_size)]
+        for loader in ranks:
+            if state is not None:
+                loader.load_state_dict(state)
+        while steps is None or steps > 0:
+            parts = [loader.next_rows() for loader in ranks]
+            if None in parts:
+                assert parts == [None] * dp_size
+                break
+            got += [packed.keys for deal in zip_longest(*(part or [] for part in parts)) for packed in deal if packed]
+            steps = None if steps is None else steps - 1
+        states = [as_saved(loader.state_dict()) for loader in ranks]
+        state = states[0]
+        assert all(other == state for other in states)
+    assert got == expected
+
+
+def test_ranks_share_the_measuring(
+    make_data: Make, tokenizer: ChatTokenizer, modalities: dict[str, Modality], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loader_module, "SAMPLES_PER_CHUNK", 4)
+    path = make_data(good_rows(30))
+    common = {
+        "config": DataConfig(path=str(path), num_workers=0),
+        "seq_length": 64,
+        "modalities": modalities,
+        "tokenizer": tokenizer,
+        "seed": 7,
+    }
+    whole = RowLoader(**common).lengths
+    assert (whole > 0).all()
+    chunks = np.split(whole, range(4, 30, 4))
+    parts = [np.concatenate(chunks[rank::3]) for rank in range(3)]
+    for rank in range(3):
+        seen = []
+        loader = RowLoader(
+            **common, share=Share(dp_rank=rank, dp_size=3), gather=lambda mine, seen=seen: seen.append(mine) or parts
+        )
+        assert np.array_equal(seen[0], parts[rank])
+        assert np.array_equal(loader.lengths, whole)
+
+
+def test_a_file_that_changes_while_it_is_read(make_data: Make, make_loader: Load):
+    path = make_data(good_rows(4))
+    loader = make_loader(path)
+    lines = (path / "train.jsonl").read_text()
+    (path / "train.jsonl").write_text(lines.replace("A cat", "0#2#4"))  # as many bytes
+    with pytest.raises(DataError, match=r"has \d+ tokens, it had \d+ when the run started: its file was changed"):
+        read_pass(loader)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"dp_size": 2},
-        {"num_workers": 1},
-        {"shuffle_buffer_size": 11},
         {"packing_buffer_size": 9},
         {"seq_length": 65},
         {"pack": False},
@@ -156,7 +234,7 @@ def test_restore_refuses_another_stream(make_data: Make, make_loader: Load, chan
 
 def test_restore_refuses_other_data(make_data: Make, make_loader: Load):
     state = make_loader(make_data(good_rows(6))).state_dict()
-    with pytest.raises(ConfigError, match=r"cannot resume .* data was"):
+    with pytest.raises(ConfigError, match=r"cannot resume in pass 1, behind row 0: .* data was"):
         make_loader(make_data(good_rows(7))).load_state_dict(state)
 
 
@@ -244,7 +322,7 @@ def test_swapped_images_change_their_rows_alone(make_data: Make, make_loader: Lo
     question = "<image> then <image>"
     straight = [row("a", question, images=["s0.jpg", "s1.jpg"]), row("b", question, images=["s0.jpg", "s0.jpg"])]
     swapped = [row("a", question, images=["s1.jpg", "s0.jpg"]), straight[1]]
-    one, two = (read_pass(make_loader(make_data(rows), shuffle_buffer_size=0))[0] for rows in (straight, swapped))
+    one, two = (read_pass(make_loader(make_data(rows)))[0] for rows in (straight, swapped))
     assert torch.equal(one.input_ids, two.input_ids) and one.keys == two.keys
     first = 2 * one.keys.index("a")
     data = two.media["image"].data.clone()
@@ -288,8 +366,7 @@ def test_blend_with_repetitions_and_refusal_of_weights(make_data: Make, make_loa
     assert Counter(keys(expected)) == {f"s{i}": 3 for i in range(9)}
     for at in range(0, len(expected), 4):
         loader = make_loader(blend)
-        for _ in range(at):
-            loader.next_row()
+        steps_of(loader, at)
         restored = make_loader(blend)
         restored.load_state_dict(loader.state_dict())
         assert keys(read_pass(restored)) == keys(expected[at:])

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from qwen3_vlm.data.loader import RowLoader, read_report, train_samples
+from qwen3_vlm.data.loader import RowLoader
 from qwen3_vlm.data.prepare import find_source, iter_rows, prepare_llava
+from qwen3_vlm.data.source import read_report, train_samples
 from qwen3_vlm.errors import DataError
 from tests.unit.data.cases import jpeg, read_pass
 
