@@ -127,8 +127,12 @@ class DataConfig:
     """Pack several samples into a row of train.seq_length; false: one sample a row."""
     num_workers: int = 2
     """Loader processes per data-parallel rank; 0 loads in the training process. May change when a run is resumed."""
-    packing_buffer_size: int = 2000
+    packing_buffer_size: int = 10000
     """Samples, in the order of a pass, that are packed together; more of them fill the rows better."""
+    max_items_per_row: int | None = None
+    """Most media items in a row of several samples; bounds the encoder's work and memory for a micro batch."""
+    bucket_by_items: bool = False
+    """Pack samples with similar numbers of media items together (0, 1, 2-3, 4-7, ... a sample)."""
 
 
 @dataclass(frozen=True, kw_only=True)

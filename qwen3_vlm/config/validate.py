@@ -52,6 +52,7 @@ def _check_ranges(config: RunConfig) -> None:
         "train.seq_length": train.seq_length,
         "train.max_steps": 1 if train.max_steps is None else train.max_steps,
         "data.packing_buffer_size": data.packing_buffer_size,
+        "data.max_items_per_row": 1 if data.max_items_per_row is None else data.max_items_per_row,
         "checkpoint.save_every": config.checkpoint.save_every,
         "checkpoint.keep": config.checkpoint.keep,
     }

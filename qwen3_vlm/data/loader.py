@@ -1,6 +1,6 @@
 """Rows of one data-parallel rank, pass by pass, with a position that any number of ranks and workers can take up.
 
-Flow: `SampleSource` (numbered samples) -> lengths, measured once at start -> `Pass` (the order of all rows) -> this
+Flow: `SampleSource` (numbered samples) -> `Sizes`, measured once at start -> `Pass` (the order of all rows) -> this
 rank's `Share` of it -> worker processes -> rows.
 
 The position is the pass and the number of rows that all ranks together have taken.
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from qwen3_vlm.config.schema import DataConfig
 from qwen3_vlm.data.chat import ChatEncoder
-from qwen3_vlm.data.order import Pass, Share, draw_samples, pass_size, plan_pass
+from qwen3_vlm.data.order import Pass, Share, Sizes, draw_samples, pass_size, plan_pass
 from qwen3_vlm.data.sample import PackedRow
 from qwen3_vlm.data.source import SampleSource
 from qwen3_vlm.data.task_encoder import ChatTaskEncoder
@@ -30,7 +30,8 @@ log = get_logger(__name__)
 
 STATE_VERSION = 2
 
-Lengths = NDArray[np.int32]
+Measured = NDArray[np.int32]
+"""[n, 2] tokens and media items of neighbouring samples."""
 
 SAMPLES_PER_CHUNK = 1000
 """Samples that a worker measures at a time."""
@@ -46,7 +47,7 @@ class RowLoader:
         tokenizer: for these modalities.
         seed: with the number of the pass, defines the order.
         share: which rows of a step are this rank's.
-        gather: takes this rank's lengths, returns those of all data-parallel ranks in their order.
+        gather: takes what this rank measured, returns that of all data-parallel ranks in their order.
         split: "train" is shuffled; any other ("val") comes in the order of the files.
 
     Raises:
@@ -63,7 +64,7 @@ class RowLoader:
         tokenizer: ChatTokenizer,
         seed: int,
         share: Share | None = None,
-        gather: Callable[[Lengths], Sequence[Lengths]] = lambda mine: [mine],
+        gather: Callable[[Measured], Sequence[Measured]] = lambda mine: [mine],
         split: str = "train",
     ):
         self._config = config
@@ -73,19 +74,22 @@ class RowLoader:
         self._share = share or Share()
         self._encoder = ChatTaskEncoder(chat=ChatEncoder(tokenizer, modalities), config=config, seq_length=seq_length)
         self._source = SampleSource(config.path, split=split, encoder=self._encoder)
-        self.lengths = self._measure(gather)
-        """[n] tokens of every sample of the source, by its number; 0 for one that cannot be used."""
+        self.sizes = self._measure(gather)
+        """Of every sample of the source, by its number."""
         self._stream = {
             "data": self._source.fingerprint,
             "split": split,
             "seed": seed,
             "packing_buffer_size": config.packing_buffer_size,
             "pack": config.pack,
+            "max_items_per_row": config.max_items_per_row,
+            "bucket_by_items": config.bucket_by_items,
             "seq_length": seq_length,
             "tokenizer": tokenizer.fingerprint,
             "tokens_per_item": {name: modality.num_tokens for name, modality in modalities.items()},
         }
         self._iterator: Iterator[PackedRow] | None = None
+        self._steps: list[list[int]] = []
         self._epoch = self._row = 0
         self._start_epoch(0)
 
@@ -107,7 +111,7 @@ class RowLoader:
     @property
     def fill(self) -> float:
         """Share of the current pass's row positions that hold tokens of samples, in 0..1."""
-        tokens = int(self.lengths[self._pass.samples].sum(dtype=np.int64))
+        tokens = int(self.sizes.tokens[self._pass.samples].sum(dtype=np.int64))
         return tokens / max(1, len(self._pass) * self._seq_length)
 
     def next_rows(self) -> list[PackedRow] | None:
@@ -123,11 +127,11 @@ class RowLoader:
             self._start_epoch(self._epoch + 1)
             return None
         if self._iterator is None:
-            self._iterator = iter(self._load(_Rows(self._source, self._encoder, self._pass, self.lengths), self._row))
-        end = min(self._row + self._share.global_batch_size, len(self._pass))
-        rows = [_next(self._iterator) for _ in self._share.rows(self._row, end)]
-        self._row = end
-        return rows
+            self._steps = self._share.rows(self._row, self._pass.totals(self.sizes.items))
+            rows = _Rows(self._source, self._encoder, self._pass, self.sizes)
+            self._iterator = iter(self._load(rows, [row for step in self._steps for row in step]))
+        self._row = min(self._row + self._share.global_batch_size, len(self._pass))
+        return [_next(self._iterator) for _ in self._steps.pop(0)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on all ranks: numbers, strings and dicts only, as JSON takes them."""
@@ -186,36 +190,37 @@ class RowLoader:
         )
         self._pass = plan_pass(
             numbers,
-            self.lengths,
+            self.sizes,
             seq_length=self._seq_length,
             window=self._config.packing_buffer_size,
             pack=self._config.pack,
+            max_items=self._config.max_items_per_row,
+            bucket_by_items=self._config.bucket_by_items,
         )
         self._epoch = epoch
         self._row = row
 
-    def _measure(self, gather: Callable[[Lengths], Sequence[Lengths]]) -> Lengths:
-        """Tokens of every sample, 0 for those that cannot be used; the ranks share the work."""
+    def _measure(self, gather: Callable[[Measured], Sequence[Measured]]) -> Sizes:
+        """Read the text of every sample; the ranks share the work."""
         started = time.perf_counter()
-        share = Share(global_batch_size=self._share.dp_size, dp_rank=self._share.dp_rank, dp_size=self._share.dp_size)
         chunks = _Chunks(self._source)
-        parts = gather(np.concatenate([np.empty(0, np.int32), *_all(self._load(chunks, 0, share))]))
-        lengths = np.zeros(len(self._source), np.int32)
-        for rank, part in enumerate(parts):
-            mine = [
-                n
-                for chunk in Share(global_batch_size=len(parts), dp_rank=rank, dp_size=len(parts)).rows(0, len(chunks))
-                for n in chunks.numbers(chunk)
-            ]
-            lengths[mine] = part
-        log.info("measured %s samples of %s in %.1f s", f"{len(lengths):,}", self._split, time.perf_counter() - started)
-        return lengths
+        ranks = self._share.dp_size
+        iterator = iter(self._load(chunks, range(self._share.dp_rank, len(chunks), ranks)))
+        mine = [_next(iterator) for _ in range(self._share.dp_rank, len(chunks), ranks)]
+        measured = np.zeros((len(self._source), 2), np.int32)
+        for rank, part in enumerate(gather(np.concatenate([np.empty((0, 2), np.int32), *mine]))):
+            for chunk in range(rank, len(chunks), ranks):
+                numbers = chunks.numbers(chunk)
+                measured[numbers.start : numbers.stop], part = np.split(part, [len(numbers)])
+        seconds = time.perf_counter() - started
+        log.info("measured %s samples of %s in %.1f s", f"{len(measured):,}", self._split, seconds)
+        return Sizes(tokens=measured[:, 0].copy(), items=measured[:, 1].copy())
 
-    def _load(self, dataset: "_Rows | _Chunks", first: int, share: Share | None = None) -> DataLoader:
+    def _load(self, dataset: "_Rows | _Chunks", numbers: Sequence[int]) -> DataLoader:
         workers = self._config.num_workers
         return DataLoader(
             dataset,
-            sampler=(share or self._share).rows(first, len(dataset)),
+            sampler=numbers,
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -228,29 +233,26 @@ class RowLoader:
 class _Rows(Dataset[PackedRow]):
     """The rows of a pass by number."""
 
-    def __init__(self, source: SampleSource, encoder: ChatTaskEncoder, order: Pass, lengths: Lengths):
+    def __init__(self, source: SampleSource, encoder: ChatTaskEncoder, order: Pass, sizes: Sizes):
         self._source = source
         self._encoder = encoder
         self._pass = order
-        self._lengths = lengths
-
-    def __len__(self) -> int:
-        return len(self._pass)
+        self._tokens = sizes.tokens
 
     def __getitem__(self, row: int) -> PackedRow:
         numbers = self._pass.row(row)
         samples = self._source.read(numbers)
         for sample, number in zip(samples, numbers, strict=True):
-            if len(sample) != self._lengths[number]:
+            if len(sample) != self._tokens[number]:
                 raise DataError(
-                    f"sample {sample.key!r} has {len(sample)} tokens, it had {self._lengths[number]} when the run "
+                    f"sample {sample.key!r} has {len(sample)} tokens, it had {self._tokens[number]} when the run "
                     "started: its file was changed. Start the run again"
                 )
         return self._encoder.pack_selected_samples([self._encoder.postencode_sample(sample) for sample in samples])
 
 
-class _Chunks(Dataset[Lengths]):
-    """Lengths of neighbouring samples, a chunk at a time."""
+class _Chunks(Dataset[Measured]):
+    """Sizes of neighbouring samples, a chunk at a time."""
 
     def __init__(self, source: SampleSource):
         self._source = source
@@ -262,8 +264,9 @@ class _Chunks(Dataset[Lengths]):
         """Sample numbers of a chunk."""
         return range(chunk * SAMPLES_PER_CHUNK, min((chunk + 1) * SAMPLES_PER_CHUNK, len(self._source)))
 
-    def __getitem__(self, chunk: int) -> Lengths:
-        return np.array([len(sample) for sample in self._source.read(self.numbers(chunk))], np.int32)
+    def __getitem__(self, chunk: int) -> Measured:
+        samples = self._source.read(self.numbers(chunk))
+        return np.array([(len(s), sum(map(len, s.media_files.values()))) for s in samples], np.int32).reshape(-1, 2)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -275,8 +278,3 @@ def _next(iterator: Iterator[PackedRow]) -> PackedRow:
         return next(iterator)
     except DataError as error:  # from a worker, torch puts its own words and the whole traceback in front
         raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
-
-
-def _all(loader: DataLoader) -> list[Any]:
-    iterator = iter(loader)
-    return [_next(iterator) for _ in range(len(loader))]

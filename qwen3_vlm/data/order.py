@@ -34,6 +34,11 @@ class Pass:
         """Sample numbers of one row."""
         return self.samples[self.starts[index] : self.starts[index + 1]].tolist()
 
+    def totals(self, of_samples: NDArray[np.int32]) -> NDArray[np.int32]:
+        """[r] sums over the samples of each row; of_samples: [n], by sample number."""
+        sums = np.concatenate([[0], np.cumsum(of_samples[self.samples])])
+        return np.diff(sums[self.starts]).astype(np.int32)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the whole order: two passes with the same one hold the same rows."""
@@ -42,29 +47,55 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One data-parallel rank's part of every step: the rows of micro batch m are dealt to the ranks in turn.
-
-    With 2 ranks and micro batches of 2 rows, a step of 8 rows is dealt 0 0 1 1 0 0 1 1.
-    """
+    """One data-parallel rank's part of every step."""
 
     global_batch_size: int = 1
     """Rows a step."""
-    micro_batch_size: int = 1
     dp_rank: int = 0
     dp_size: int = 1
 
-    def rows(self, first: int, end: int) -> list[int]:
-        """This rank's rows, in order.
+    def rows(self, first: int, items: NDArray[np.int32]) -> list[list[int]]:
+        """This rank's rows of each step.
+
+        A step's rows are dealt so that every rank has as many rows and about as many media items as the others: those
+        with most items first, each to the rank that has the fewest yet (longest processing time first, Graham 1969).
+        Who computes a row changes nothing that is learned.
 
         Args:
             first: the row that the first step begins with.
-            end: behind the last row; the last step may be incomplete.
+            items: [r] media items of every row of the pass; the last step may be incomplete.
+
+        Returns:
+            A list of row numbers a step, in ascending order.
         """
         return [
-            row
-            for row in range(first, end)
-            if (row - first) % self.global_batch_size // self.micro_batch_size % self.dp_size == self.dp_rank
+            self._deal(np.arange(start, min(start + self.global_batch_size, len(items))), items)
+            for start in range(first, len(items), self.global_batch_size)
         ]
+
+    def _deal(self, rows: NDArray[np.int64], items: NDArray[np.int32]) -> list[int]:
+        if self.dp_size == 1:
+            return rows.tolist()
+        most = -(-len(rows) // self.dp_size)
+        hands: list[list[int]] = [[] for _ in range(self.dp_size)]
+        loads = [0] * self.dp_size
+        for row in rows[np.argsort(-items[rows], kind="stable")].tolist():
+            rank = min(
+                (r for r in range(self.dp_size) if len(hands[r]) < most), key=lambda r: (loads[r], len(hands[r]))
+            )
+            hands[rank].append(row)
+            loads[rank] += int(items[row])
+        return sorted(hands[self.dp_rank])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is known of every sample before anything but its text is read; n samples."""
+
+    tokens: NDArray[np.int32]
+    """[n] 0 for a sample that cannot be used."""
+    items: NDArray[np.int32]
+    """[n] media items of all modalities together."""
 
 
 def draw_samples(
@@ -100,33 +131,65 @@ def pass_size(sizes: Sequence[int], repetitions: Sequence[float]) -> int:
     return sum(int(size * times) for size, times in zip(sizes, repetitions, strict=True))
 
 
-def plan_pass(numbers: Numbers, lengths: NDArray[np.int32], *, seq_length: int, window: int, pack: bool) -> Pass:
+def plan_pass(
+    numbers: Numbers,
+    sizes: Sizes,
+    *,
+    seq_length: int,
+    window: int,
+    pack: bool,
+    max_items: int | None = None,
+    bucket_by_items: bool = False,
+) -> Pass:
     """Group samples into rows, window by window; the emptiest row of a window is filled up in the next.
 
     Args:
         numbers: [n] samples in order.
-        lengths: tokens of every sample, by its number; 0 for one that cannot be used, which rides with any row.
+        sizes: of every sample, by its number; one that cannot be used rides with any row.
         seq_length: tokens of a row.
         window: samples that are packed together: a sample moves by at most this many places, and once more each time
             that it is carried on.
         pack: false puts one sample into a row.
+        max_items: media items of a row; a sample that has more by itself gets a row without others.
+        bucket_by_items: rows hold samples of similar numbers of items: 0, 1, 2-3, 4-7, ...
 
     Returns:
         Every one of `numbers` in exactly one row.
     """
-    rows: list[Numbers] = []
     if not pack:
-        rows = [numbers[group] for group in one_per_row(lengths[numbers].tolist())]
+        groups = one_per_row(sizes.tokens[numbers].tolist())
+        return _as_pass([numbers[group] for group in groups], numbers)
+
+    def fill(pool: Numbers) -> list[Numbers]:
+        groups = best_fit_decreasing(
+            sizes.tokens[pool].tolist(), seq_length, items=sizes.items[pool].tolist(), max_items=max_items
+        )
+        return [pool[group] for group in groups]
+
+    rows: list[Numbers] = []
     carried = numbers[:0]
-    for start in range(0, len(numbers) if pack else 0, window):
+    for start in range(0, len(numbers), window):
         pool = np.concatenate([carried, numbers[start : start + window]])
-        sizes = lengths[pool]
-        groups = best_fit_decreasing(sizes.tolist(), seq_length)
-        carried = numbers[:0]
-        if start + window < len(numbers):
-            emptiest = min(groups, key=lambda group: sizes[group].sum())
-            groups.remove(emptiest)
-            carried = pool[emptiest]
-        rows += [pool[group] for group in groups]
+        is_last = start + window >= len(numbers)
+        if not bucket_by_items:
+            buckets = [pool]
+        else:
+            of_sample = np.frexp(sizes.items[pool].astype(np.float64))[1]  # bits of the number: 0, 1, 2-3, 4-7, ...
+            buckets = [pool[of_sample == bucket] for bucket in np.unique(of_sample)]
+        filled, left = [], []
+        for bucket in buckets:
+            bucket_rows = fill(bucket)
+            emptiest = min(range(len(bucket_rows)), key=lambda i: int(sizes.tokens[bucket_rows[i]].sum()))
+            left.append(bucket_rows.pop(emptiest))
+            filled += bucket_rows
+        if is_last:
+            filled += fill(np.concatenate(left))
+        place = {int(number): i for i, number in enumerate(pool)}
+        rows += sorted(filled, key=lambda row: place[int(row[0])])
+        carried = np.concatenate(left)
+    return _as_pass(rows, numbers)
+
+
+def _as_pass(rows: Sequence[Numbers], numbers: Numbers) -> Pass:
     starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
     return Pass(samples=np.concatenate([*rows, numbers[:0]]), starts=starts)

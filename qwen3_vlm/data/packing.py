@@ -14,27 +14,38 @@ from qwen3_vlm.data.sample import EncodedSample, MediaBatch, MicroBatch, PackedR
 from qwen3_vlm.modality.base import Modality
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Group documents into rows: longest first, each into the fullest row that still takes it. O(n log n).
+def best_fit_decreasing(
+    lengths: Sequence[int], capacity: int, *, items: Sequence[int] | None = None, max_items: int | None = None
+) -> list[list[int]]:
+    """Group documents into rows: longest first, each into the fullest row that still takes it. O(n log n), without
+    max_items.
 
     Args:
         lengths: tokens of each document, 0..capacity (0: a skipped sample, which rides with any row).
         capacity: tokens of a row.
+        items: media items of each document; only looked at with max_items.
+        max_items: of a row; a document that has more by itself is alone with documents without any.
 
     Returns:
         Indices into `lengths`, every one exactly once; groups and their members in order of arrival, so that the order
         of the rows does not follow length.
     """
     groups: list[list[int]] = []
+    held: list[int] = []  # media items of each group
     space: list[tuple[int, int]] = []  # (free tokens, group), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         k = bisect.bisect_left(space, (lengths[i], -1))
+        if max_items is not None and items is not None and items[i]:
+            while k < len(space) and held[space[k][1]] + items[i] > max_items:
+                k += 1
         if k == len(space):
             groups.append([])
+            held.append(0)
             free, group = capacity, len(groups) - 1
         else:
             free, group = space.pop(k)
         groups[group].append(i)
+        held[group] += items[i] if items is not None else 0
         bisect.insort(space, (free - lengths[i], group))
     return sorted(sorted(group) for group in groups)
 

@@ -117,7 +117,6 @@ def train(config: "RunConfig") -> None:
                 seed=config.train.seed,
                 share=Share(
                     global_batch_size=config.train.global_batch_size,
-                    micro_batch_size=config.train.micro_batch_size,
                     dp_rank=topology.dp_rank,
                     dp_size=topology.dp_size,
                 ),

@@ -184,6 +184,6 @@ class StepBatches:
         ]
 
     def _gather(self, mine: list[list[Item]]) -> list[Item]:
-        """One list for each micro batch -> all ranks' items in the order of the rows; called by reading ranks only."""
+        """One list for each micro batch -> all ranks' items, by micro batch; called by reading ranks only."""
         of_ranks = gather_objects(mine, parallel_state.get_data_parallel_group())
         return [item for micro_batch in zip(*of_ranks, strict=True) for part in micro_batch for item in part]

@@ -21,7 +21,7 @@ def checkpoint(topology: Topology, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 samples with none, one or two images: about 4 steps of 2 rows a pass."""
+    """23 samples with none, one or two images: about 6 steps of 2 rows a pass."""
     return prepared(tmp_path_factory.mktemp("data"), [row(n, images=(1, 2, 1, 0)[n % 4]) for n in range(23)])
 
 

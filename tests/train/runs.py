@@ -90,7 +90,7 @@ def overrides(checkpoint: Path, data: Path, exp_dir: Path, *more: str) -> list[s
         "precision=fp32",
         "data.num_workers=0",
         "data.packing_buffer_size=6",
-        "train.seq_length=256",
+        "train.seq_length=128",
         "train.global_batch_size=2",
         "checkpoint.save_every=2",
         "checkpoint.keep=9",

@@ -85,7 +85,6 @@ def test_start_clears_an_interrupted_save_and_nothing_else(tmp_path: Path):
     interrupted = tmp_path / "interrupted"
     layout.start(interrupted)
     (interrupted / layout.STATE / "half").touch()
-    (interrupted / layout.DATA).mkdir()
     layout.start(interrupted)
     assert [p.name for p in interrupted.rglob("*")] == [layout.STATE]
 

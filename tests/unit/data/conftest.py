@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from megatron.energon import CrudeJsonlDatasetFactory
 from megatron.energon.epathlib import EPath
@@ -83,12 +84,14 @@ def make_loader(tokenizer_folder: Path, modalities: dict[str, Modality]) -> Iter
         for name in own.keys() & options.keys():
             own[name] = options.pop(name)
         share = Share(**{f.name: options.pop(f.name) for f in fields(Share) if f.name in options})
+        share = replace(share, global_batch_size=max(share.global_batch_size, share.dp_size))
         config = DataConfig(path=str(path), **({"num_workers": 0, "packing_buffer_size": 8} | options))
         chat_tokenizer = ChatTokenizer.from_folder(tokenizer_folder, used)
         common = {"config": config, "modalities": used, "tokenizer": chat_tokenizer, **own}
         loader = RowLoader(**common)
         if share != Share():  # the only chunk of so few samples is rank 0's
-            parts = [loader.lengths] + [loader.lengths[:0]] * (share.dp_size - 1)
+            measured = np.stack([loader.sizes.tokens, loader.sizes.items], axis=1)
+            parts = [measured] + [measured[:0]] * (share.dp_size - 1)
             loader = RowLoader(**common, share=share, gather=lambda _: parts)
         loaders.append(loader)
         return loaders[-1]

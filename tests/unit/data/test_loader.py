@@ -4,7 +4,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
-from itertools import zip_longest
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -135,33 +135,33 @@ def as_saved(state: dict) -> dict:
     return json.loads(json.dumps(state))
 
 
-def test_rows_of_a_step_do_not_depend_on_ranks_workers_or_micro_batches(make_data: Make, make_loader: Load):
-    """Every layout gives each step the same rows, in the order of their micro batches."""
+def test_rows_of_a_step_do_not_depend_on_ranks_or_workers(make_data: Make, make_loader: Load):
+    """Every layout gives each step the same rows; every rank has as many, but at the end of a pass."""
     path = make_data(good_rows(50))
     expected = steps_of(make_loader(path, global_batch_size=8))
     assert len(expected) > 6
-    for dp_size, micro, num_workers in [(1, 4, 1), (2, 1, 0), (2, 2, 1), (4, 2, 0), (8, 1, 0)]:
-        shape = {"global_batch_size": 8, "micro_batch_size": micro, "dp_size": dp_size, "num_workers": num_workers}
+    for dp_size, num_workers in [(1, 1), (2, 0), (2, 1), (4, 0), (8, 0)]:
+        shape = {"global_batch_size": 8, "dp_size": dp_size, "num_workers": num_workers}
         ranks = [steps_of(make_loader(path, dp_rank=rank, **shape)) for rank in range(dp_size)]
         for want, *parts in zip(expected, *ranks, strict=True):
             if want is None:
                 assert parts == [None] * dp_size
                 continue
-            dealt = [
-                dealt_row
-                for m in range(0, 8 // dp_size, micro)
-                for part in parts
-                for dealt_row in (part or [])[m : m + micro]
-            ]
-            for got, wanted in zip(dealt, want, strict=True):
+            assert max(map(len, parts)) == -(-len(want) // dp_size)
+            dealt = [packed for part in parts for packed in part or []]
+            for got, wanted in zip(sorted(dealt, key=keys_of), sorted(want, key=keys_of), strict=True):
                 assert_equal(got, wanted)
 
 
+def keys_of(packed: PackedRow) -> list[str]:
+    return packed.keys
+
+
 def test_resume_with_other_ranks_workers_and_batches(make_data: Make, make_loader: Load):
-    """In the middle of a pass DP 2 -> 1 -> 4, and with other batch sizes and workers: every key once, in order."""
+    """In the middle of a pass DP 2 -> 1 -> 4, and with other batch sizes and workers: the rows, step by step."""
     path = make_data(good_rows(60))
     expected = [packed.keys for packed in read_pass(make_loader(path))]
-    got: list[list[str]] = []
+    got: list[list[list[str]]] = []
     state = None
     for dp_size, batch, num_workers, steps in [(2, 4, 0, 2), (1, 4, 2, 1), (4, 4, 0, 1), (1, 3, 1, None)]:
         shape = {"global_batch_size": batch, "dp_size": dp_size, "num_workers": num_workers}
@@ -174,12 +174,13 @@ def test_resume_with_other_ranks_workers_and_batches(make_data: Make, make_loade
             if None in parts:
                 assert parts == [None] * dp_size
                 break
-            got += [packed.keys for deal in zip_longest(*(part or [] for part in parts)) for packed in deal if packed]
+            got.append(sorted(packed.keys for part in parts for packed in part or []))
             steps = None if steps is None else steps - 1
         states = [as_saved(loader.state_dict()) for loader in ranks]
         state = states[0]
         assert all(other == state for other in states)
-    assert got == expected
+    rows = iter(expected)
+    assert got == [sorted(islice(rows, len(step))) for step in got] and next(rows, None) is None
 
 
 def test_ranks_share_the_measuring(
@@ -194,8 +195,9 @@ def test_ranks_share_the_measuring(
         "tokenizer": tokenizer,
         "seed": 7,
     }
-    whole = RowLoader(**common).lengths
-    assert (whole > 0).all()
+    sizes = RowLoader(**common).sizes
+    assert (sizes.tokens > 0).all() and set(sizes.items) == {0, 1}
+    whole = np.stack([sizes.tokens, sizes.items], axis=1)
     chunks = np.split(whole, range(4, 30, 4))
     parts = [np.concatenate(chunks[rank::3]) for rank in range(3)]
     for rank in range(3):
@@ -204,7 +206,7 @@ def test_ranks_share_the_measuring(
             **common, share=Share(dp_rank=rank, dp_size=3), gather=lambda mine, seen=seen: seen.append(mine) or parts
         )
         assert np.array_equal(seen[0], parts[rank])
-        assert np.array_equal(loader.lengths, whole)
+        assert np.array_equal(loader.sizes.tokens, sizes.tokens) and np.array_equal(loader.sizes.items, sizes.items)
 
 
 def test_a_file_that_changes_while_it_is_read(make_data: Make, make_loader: Load):
