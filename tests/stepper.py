@@ -1,11 +1,14 @@
 """Optimizer steps on documents given in the test, without a data set: at any layout, with any parts training."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from qwen3_vlm.checkpoint import layout, sharded
-from qwen3_vlm.config.schema import OptimConfig, ParallelConfig
+from qwen3_vlm.config.schema import OptimConfig, ParallelConfig, PrecisionConfig
 from qwen3_vlm.data.chat import ChatEncoder
 from qwen3_vlm.data.packing import collate_rows, empty_row, pack_row
 from qwen3_vlm.data.sample import EncodedSample, Message, MicroBatch
@@ -51,6 +54,7 @@ class Stepper:
         topology: Topology,
         parallel: ParallelConfig | None = None,
         trainable: Sequence[str] = CONNECTOR,
+        precision: PrecisionConfig = FP32,
     ):
         parallel = parallel or ParallelConfig()
         self.topology = topology
@@ -62,16 +66,16 @@ class Stepper:
                 decoder=architecture.model,
                 modalities=architecture.modality,
                 parallel=parallel,
-                precision=FP32,
+                precision=precision,
                 topology=topology,
             ),
             lambda stage: sharded.load_model(stage, case.checkpoint / layout.STATE),
             trainable=trainable,
-            precision=FP32,
+            precision=precision,
             device=topology.backend.device,
         )
         optim = OptimConfig(lr=1e-3, warmup_fraction=0.0, decay="constant")
-        self.optimizer = build_optimizer(optim, FP32, self.wrapped)
+        self.optimizer = build_optimizer(optim, precision, self.wrapped)
         self.schedule = ProgressSchedule(self.optimizer, optim, 10)
 
     def document(self, turns: Sequence[Turn], seeds: Sequence[int]) -> EncodedSample:
@@ -95,9 +99,12 @@ class Stepper:
         return collate_rows([pack_row(row, **fixed) if row else empty_row(**fixed) for row in rows])
 
     def take(self, *micro_batches: MicroBatch) -> StepResult:
-        """One optimizer step."""
-        loss_tokens = int(sum(m.loss_mask.sum() for m in micro_batches))
-        samples = sum(m.num_samples for m in micro_batches)
+        """One optimizer step; each data-parallel rank gives its own micro batches, as many as the others."""
+        counts = torch.tensor(
+            [sum(m.loss_mask.sum() for m in micro_batches), sum(m.num_samples for m in micro_batches)]
+        )
+        dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+        loss_tokens, samples = (int(count) for count in counts)
         return train_step(
             StepBatch(micro_batches=list(micro_batches), counts=StepCounts(loss_tokens=loss_tokens, samples=samples)),
             model=self.wrapped,
@@ -108,3 +115,21 @@ class Stepper:
             micro_batch_size=micro_batches[0].input_ids.numel() // SEQ_LENGTH,
             topology=self.topology,
         )
+
+    def take_share(self, *micro_batches: MicroBatch) -> StepResult:
+        """One optimizer step on a global batch, which the data-parallel ranks take turns at."""
+        return self.take(*micro_batches[self.topology.dp_rank :: self.topology.dp_size])
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and schedule."""
+        if self.topology.rank == 0:
+            folder.mkdir()
+        dist.barrier()
+        sharded.save_run(self.model, self._run_state(), folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what any layout wrote."""
+        sharded.load_run(self.model, self._run_state(), folder, same_layout=False)
+
+    def _run_state(self) -> sharded.RunState:
+        return sharded.RunState(optimizer=self.optimizer, scheduler=self.schedule.scheduler)

@@ -4,6 +4,8 @@ megatron-core's dist_checkpointing does the work. A name that is missing on eith
 its initial value, and nothing in the checkpoint is passed over, without a word.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,42 @@ def _set_random_state(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["model_parallel"])
 
 
+@contextlib.contextmanager
+def _joined_offsets(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let a parameter's offsets count in its gradient buffer's buckets joined without the padding behind each.
+
+    megatron-core 0.16.1 gathers optimizer state in that form (DistributedOptimizer.get_parameter_state_dp_zero) and
+    then cuts parameters out of it at the buffer's own offsets, which count the padding
+    (sharded_param_state_fully_reshardable): all that lies behind a padded bucket would be saved shifted. Buffers have
+    several buckets where two pipeline stages share a trainable tied embedding, and where communication overlaps.
+    """
+    buffers = [buffer for chunk in optimizer.model_chunks for buffer in chunk.buffers]
+    own = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        padding_before = 0
+        shifts = []
+        for bucket in buffer.buckets:
+            shifts.append(padding_before)
+            padding_before += bucket.grad_data.numel() - bucket.numel_unpadded
+        buffer.param_index_map = {
+            param: (start - shifts[bucket_id], end - shifts[bucket_id], bucket_id)
+            for param, (start, end, bucket_id) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, offsets in zip(buffers, own, strict=True):
+            buffer.param_index_map = offsets
+
+
+def _optimizer_state(model: VLM, optimizer: MegatronOptimizer, *, is_loading: bool = False) -> dict[str, Any]:
+    """The optimizer's sharded state: each parameter's moments and master weights, whole, under the parameter's name."""
+    with _joined_offsets(optimizer):
+        return optimizer.sharded_state_dict(
+            model.sharded_state_dict(), is_loading=is_loading, metadata=OPTIMIZER_SHARDING
+        )
+
+
 def save_tensors(state: dict[str, Any], directory: Path) -> None:
     """Write a sharded state dict; every rank calls it."""
     dist_checkpointing.save(state, str(directory))
@@ -80,11 +118,15 @@ def save_run(model: VLM, run: RunState, directory: Path) -> None:
         run: what goes with it.
         directory: an existing empty folder, seen by all ranks.
     """
+    for chunk in run.optimizer.model_chunks:
+        # With overlap the last update's weights are gathered by the next forward pass, which has not come yet.
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
     model_state = _model_state(model)
     save_tensors(
         {
             **model_state,
-            "optimizer": run.optimizer.sharded_state_dict(model.sharded_state_dict(), metadata=OPTIMIZER_SHARDING),
+            "optimizer": _optimizer_state(model, run.optimizer),
             "scheduler": run.scheduler.state_dict(),
             "random_state": _random_state(),
         },
@@ -137,11 +179,7 @@ def load_run(model: VLM, run: RunState, directory: Path, *, same_layout: bool) -
     Raises:
         CheckpointError: something is missing in the checkpoint.
     """
-    request: dict[str, Any] = {
-        "optimizer": run.optimizer.sharded_state_dict(
-            model.sharded_state_dict(), is_loading=True, metadata=OPTIMIZER_SHARDING
-        )
-    }
+    request: dict[str, Any] = {"optimizer": _optimizer_state(model, run.optimizer, is_loading=True)}
     if same_layout:
         request["random_state"] = _random_state()
     load_model(model, directory)

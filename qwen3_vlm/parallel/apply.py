@@ -8,7 +8,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_vlm.config.schema import PrecisionConfig
-from qwen3_vlm.errors import ConfigError
 from qwen3_vlm.logging import get_logger
 
 log = get_logger(__name__)
@@ -86,21 +85,4 @@ def build_stage(
 
 
 def check_saved_offsets(wrapped: DistributedDataParallel) -> None:
-    """Refuse gradient buffers whose optimizer state megatron-core 0.16.1 would save at wrong offsets; before training.
-
-    It joins the buckets of a buffer without the padding behind each, and then cuts tensors out at offsets that count it
-    (DistributedOptimizer.get_parameter_state_dp_zero and sharded_param_state_fully_reshardable): everything behind a
-    padded bucket is shifted. Only a trainable tied embedding that two pipeline stages share has a bucket of its own.
-
-    Raises:
-        ConfigError: a bucket that is not the last one is padded.
-    """
-    for buffer in wrapped.buffers:
-        for bucket in buffer.buckets[:-1]:
-            padding = bucket.grad_data.numel() - bucket.numel_unpadded
-            if padding:
-                raise ConfigError(
-                    f"megatron-core 0.16.1 would save the optimizer's state shifted by {padding} elements: a gradient "
-                    "bucket in front of another one is padded, as happens when the decoder trains, ties its embeddings "
-                    "and is split into pipeline stages. Use parallel.pp=1 here."
-                )
+    """Nothing is left to refuse (checkpoint.sharded saves right offsets); goes with its call in train.__main__."""

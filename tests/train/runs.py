@@ -1,6 +1,8 @@
 """Training runs as a user starts them: data folders, command lines, and what a run leaves behind."""
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from megatron.energon import CrudeJsonlDatasetFactory
 from megatron.energon.epathlib import EPath
 
 from qwen3_vlm.data.prepare import prepare_llava
-from tests.distributed.launch import Finished, run_group
+from tests.distributed.launch import Finished, launch, run_group
 from tests.images import jpeg
 
 TIMES = ("step_time_s", "tokens_per_s", "images_per_s")
@@ -118,3 +120,27 @@ def train(
     done = run_group([*start, *module, "--config-name", "stage1_align", *arguments], timeout_s=timeout_s)
     assert not done.timed_out, done.describe()
     return done
+
+
+def train_forked(arguments: Sequence[str], *, num_processes: int, folder: Path, timeout_s: float = 120) -> None:
+    """What `train` does, in ranks that are forked and not started: the command without its imports and its parser.
+
+    Args:
+        arguments: overrides.
+        num_processes: world size.
+        folder: for the ranks' output.
+        timeout_s: the ranks are killed after it.
+    """
+    check = functools.partial(_train, arguments=tuple(arguments))
+    launch([check], num_processes=num_processes, folder=folder, timeout_s=timeout_s).require(check)
+
+
+def _train(folder: Path, arguments: Sequence[str]) -> None:
+    from qwen3_vlm.checkpoint.layout import read_architecture
+    from qwen3_vlm.config.compose import compose
+    from qwen3_vlm.config.validate import validate
+    from qwen3_vlm.train.__main__ import train as train_in_process
+
+    config = compose("stage1_align", arguments, read_architecture=read_architecture)
+    validate(config, int(os.environ["WORLD_SIZE"]))
+    train_in_process(config)
