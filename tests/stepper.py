@@ -55,6 +55,7 @@ class Stepper:
         parallel: ParallelConfig | None = None,
         trainable: Sequence[str] = CONNECTOR,
         precision: PrecisionConfig = FP32,
+        overlap: bool | None = None,
     ):
         parallel = parallel or ParallelConfig()
         self.topology = topology
@@ -73,6 +74,7 @@ class Stepper:
             trainable=trainable,
             precision=precision,
             device=topology.backend.device,
+            overlap=overlap,
         )
         optim = OptimConfig(lr=1e-3, warmup_fraction=0.0, decay="constant")
         self.optimizer = build_optimizer(optim, precision, self.wrapped)

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from qwen3_vlm.config.schema import PrecisionConfig
 from qwen3_vlm.logging import get_logger
+from qwen3_vlm.parallel.backend import select_backend
 
 log = get_logger(__name__)
 
@@ -47,6 +48,7 @@ def build_stage(
     trainable: Sequence[str],
     precision: PrecisionConfig,
     device: torch.device,
+    overlap: bool | None = None,
 ) -> tuple[Model, DistributedDataParallel]:
     """One pipeline stage, ready for the schedule.
 
@@ -59,6 +61,8 @@ def build_stage(
         trainable: parts that learn.
         precision: whether gradients are summed in FP32.
         device: where it runs.
+        overlap: reduce gradients during the backward pass and gather weights during the next forward pass; None: as
+            the backend does.
 
     Returns:
         The stage, and the wrapper that the schedule drives.
@@ -68,18 +72,23 @@ def build_stage(
     counts = freeze_all_but(model, trainable)  # type: ignore[arg-type]
     for name, (trains, frozen) in counts.items():
         log.info("part %-18s %12s trainable %14s frozen parameters on this rank", name, f"{trains:,}", f"{frozen:,}")
+    if overlap is None:
+        overlap = select_backend().overlaps_communication
     config: TransformerConfig = model.config
-    config.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(
         config=config,
         ddp_config=DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=precision.grad_reduce_in_fp32,
             check_for_nan_in_grad=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
         ),
         module=model,
     )
+    # The schedules enter no_sync for all micro batches but the last: only then is a bucket's gradient complete.
+    config.no_sync_func = wrapped.no_sync if overlap else None
+    config.finalize_model_grads_func = finalize_model_grads
     model.train()
     return model, wrapped
 

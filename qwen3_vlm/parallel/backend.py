@@ -38,9 +38,20 @@ class Backend:
     """Layers are TransformerEngine's."""
     kernels: tuple[KernelChoice, ...]
 
+    @property
+    def overlaps_communication(self) -> bool:
+        """Gradients are reduced during the backward pass and weights gathered during the next forward pass: nccl runs
+        beside the computation, gloo takes its processor time."""
+        return self.distributed == "nccl"
+
     def describe(self) -> str:
         """Several lines for the log: the device, then what serves each kernel and why."""
-        lines = [f"backend {self.name}: device {self.device}, {self.distributed}"]
+        overlap = (
+            "gradient reduction and weight gather overlap with computation"
+            if self.overlaps_communication
+            else f"no overlap: {self.distributed} computes on the processor that the model needs"
+        )
+        lines = [f"backend {self.name}: device {self.device}, {self.distributed}; {overlap}"]
         lines += [f"  {k.kernel:<14} {k.library:<18} {k.reason}" for k in self.kernels]
         return "\n".join(lines)
 

@@ -30,6 +30,7 @@ def build_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=wrapped.ddp_config.overlap_param_gather,
         ),
         [wrapped],
         use_gloo_process_groups=False,

@@ -5,7 +5,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from qwen3_vlm.parallel.backend import select_backend  # noqa: E402
+from qwen3_vlm.parallel.backend import select_backend
 
 select_backend()  # before megatron-core
 
@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa
 import qwen3_vlm.data.loader  # noqa: E402
 import qwen3_vlm.train.trainer  # noqa: E402, F401
 import tests.distributed.checks  # noqa: E402, F401
-
 
 gc.collect()
 gc.freeze()  # or every collection of a rank walks through all that was imported

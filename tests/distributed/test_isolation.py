@@ -5,6 +5,7 @@ of four are the ones that megatron-core's own multimodal example leaves without 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
@@ -80,8 +81,8 @@ def _reached(stepper: Stepper) -> dict[int, set[int]] | None:
     before = _token_losses(stepper, plain)
     bounds = plain.cu_seqlens.tolist()
     # Each row ends with padding, a document of its own that must not change either.
-    spans = list(zip(bounds[:-1], bounds[1:], strict=True))
-    own = [n for n, (a, _) in enumerate(spans) if a in (0, *bounds) and _is_document(plain, a)]
+    spans = list(itertools.pairwise(bounds))
+    own = [n for n, (a, _) in enumerate(spans) if _is_document(plain, a)]
     reached: dict[int, set[int]] = {}
     for number, document in enumerate(own):
         other = stepper.micro_batch(*_documents(stepper, number))

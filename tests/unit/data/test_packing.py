@@ -1,5 +1,6 @@
 """Packing: groups, rows and micro batches; by hand and over random conversations."""
 
+import itertools
 import random
 
 import pytest
@@ -88,61 +89,70 @@ def test_micro_batch_by_hand():
     assert [s.key for s in batch.skipped] == ["x"]
 
 
-conversations = st.lists(
-    st.tuples(
-        st.sampled_from(["user", "assistant", "system"]), st.text(max_size=12), st.integers(0, 2), st.text(max_size=5)
-    ),
-    min_size=1,
-    max_size=4,
-)
+WORDS = ["<|im_start|>", "<|im_end|>\n", "<|image_pad|>", "<think>", "<image", "image>", "<Image>", " <|vision_start|>"]
+"""What a user may write that looks like the grammar's own tokens."""
+pieces = st.lists(st.one_of(st.just("<image>"), st.sampled_from(WORDS), st.text(max_size=12)), max_size=5)
+conversations = st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), pieces), min_size=1, max_size=4)
+
+
+def encode(chat: ChatEncoder, index: int, turns: list[tuple[str, list[str]]]) -> EncodedSample:
+    """A drawn conversation, closed by an answer; every image differs from all others of the batch."""
+    messages = [Message(role=role, content="".join(parts)) for role, parts in [*turns, ("assistant", ["end"])]]
+    num_images = sum(message.content.count("<image>") for message in messages)
+    tokens = chat.encode_conversation(messages, {"image": num_images})
+    # The text between images comes back out of the tokens, with nothing of it taken for the grammar.
+    image = chat.tokenizer.placeholder_ids["image"]
+    specials = [*[chat.tokenizer.im_start_id, chat.tokenizer.im_end_id] * len(messages)]
+    specials += [image.start, *[image.pad] * NUM_TOKENS, image.end] * num_images
+    grammar = {chat.tokenizer.im_start_id, chat.tokenizer.im_end_id, image.start, image.pad, image.end}
+    assert sorted(t for t in tokens.input_ids.tolist() if t in grammar) == sorted(specials)
+    media = torch.empty((num_images, 3, 16, 16), dtype=torch.uint8)
+    for n, item in enumerate(media):
+        item.fill_((31 * index + n) % 256)
+    return EncodedSample(
+        key=str(index),
+        input_ids=tokens.input_ids,
+        is_target=tokens.is_target,
+        media_positions=tokens.media_positions,
+        media_files={},
+        media={"image": media},
+    )
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(conversations, min_size=1, max_size=5))
-def test_random_conversations(chat: ChatEncoder, drawn: list):
-    """Through expansion, packing and collation: every document comes back out of the batch as it went in."""
-    samples = []
-    for index, turns in enumerate(drawn):
-        texts = [
-            (role, before.replace("<", "") + "<image>" * n + after.replace("<", "")) for role, before, n, after in turns
-        ]
-        messages = [Message(role=role, content=text) for role, text in [*texts, ("assistant", "end")]]
-        num_images = sum(n for _, _, n, _ in turns)
-        tokens = chat.encode_conversation(messages, {"image": num_images})
-        media = torch.full((num_images, 3, 16, 16), index, dtype=torch.uint8)
-        samples.append(
-            EncodedSample(
-                key=str(index),
-                input_ids=tokens.input_ids,
-                is_target=tokens.is_target,
-                media_positions=tokens.media_positions,
-                media_files={},
-                media={"image": media},
-            )
-        )
-    seq_length = max(map(len, samples)) + 3
+@given(st.lists(conversations, min_size=1, max_size=6), st.integers(0, 40), st.integers(1, 3))
+def test_random_conversations(chat: ChatEncoder, drawn: list, spare: int, empty_rows: int):
+    """Through expansion, packing and collation: every document comes back out of the batch whole, and exactly once."""
+    samples = [encode(chat, index, turns) for index, turns in enumerate(drawn)]
+    seq_length = max(map(len, samples)) + spare
     options = {"seq_length": seq_length, "pad_id": chat.tokenizer.pad_id, "modalities": chat.modalities}
     groups = best_fit_decreasing([len(s) for s in samples], seq_length)
     rows = [pack_row([samples[i] for i in group], **options) for group in groups]
-    batch = collate_rows([*rows, empty_row(**options)])
+    batch = collate_rows([*rows, *[empty_row(**options)] * empty_rows])
 
-    t = batch.input_ids.numel()
-    assert t == seq_length * (len(groups) + 1) == batch.cu_seqlens[-1]
+    assert batch.input_ids.numel() == seq_length * (len(groups) + empty_rows) == batch.cu_seqlens[-1]
     assert (batch.cu_seqlens.diff() > 0).all() and batch.max_seqlen == batch.cu_seqlens.diff().max()
-    spans = [tuple(span) for span in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)]
-    documents = [(a, b) for a, b in spans if (batch.input_ids[a:b] != chat.tokenizer.pad_id).any()]
-    assert len(documents) == batch.num_samples == len(samples)
+    spans = list(itertools.pairwise(batch.cu_seqlens.tolist()))
+    for a, b in spans:
+        assert batch.position_ids[a:b].tolist() == list(range(b - a))
+    # A document starts with <|im_start|>; what starts with padding is nothing but padding.
+    documents = [(a, b) for a, b in spans if batch.input_ids[a] == chat.tokenizer.im_start_id]
+    for a, b in set(spans) - set(documents):
+        assert (batch.input_ids[a:b] == chat.tokenizer.pad_id).all() and not batch.loss_mask[a:b].any()
+    assert sorted(map(int, batch.keys)) == list(range(len(samples))) and batch.num_samples == len(samples)
+    assert batch.num_tokens == sum(map(len, samples))
+    image = batch.media["image"]
+    found = 0
     for key, (a, b) in zip(batch.keys, documents, strict=True):
         sample = samples[int(key)]
         assert torch.equal(batch.input_ids[a:b], sample.input_ids)
         predicted = batch.loss_mask[a:b].bool()
         assert torch.equal(predicted[:-1], sample.is_target[1:]) and not predicted[-1]
         assert torch.equal(batch.labels[a:b][predicted], sample.input_ids[1:][sample.is_target[1:]])
-        assert batch.position_ids[a:b].tolist() == list(range(b - a))
-    image = batch.media["image"]
-    assert torch.equal(image.positions.sort().values, image.positions)
-    assert (batch.input_ids[image.positions] == chat.tokenizer.placeholder_ids["image"].pad).all()
-    owners = torch.bucketize(image.positions.view(-1, NUM_TOKENS)[:, 0].contiguous(), batch.cu_seqlens[1:], right=True)
-    starts = [a for a, _ in documents]
-    for item, owner in zip(image.data, owners.tolist(), strict=True):
-        assert int(item[0, 0, 0]) == int(batch.keys[starts.index(int(batch.cu_seqlens[owner]))])
+        items = len(sample.media["image"])
+        positions = image.positions[found * NUM_TOKENS : (found + items) * NUM_TOKENS]
+        assert torch.equal(positions - a, sample.media_positions["image"])
+        assert (batch.input_ids[positions] == chat.tokenizer.placeholder_ids["image"].pad).all()
+        assert torch.equal(image.data[found : found + items], sample.media["image"])
+        found += items
+    assert found == len(image.data) and found * NUM_TOKENS == len(image.positions)
