@@ -91,7 +91,3 @@ def build_stage(
     config.finalize_model_grads_func = finalize_model_grads
     model.train()
     return model, wrapped
-
-
-def check_saved_offsets(wrapped: DistributedDataParallel) -> None:
-    """Nothing is left to refuse (checkpoint.sharded saves right offsets); goes with its call in train.__main__."""

@@ -80,7 +80,7 @@ def train(config: "RunConfig") -> None:
     from qwen3_vlm.modality.registry import build_modalities
     from qwen3_vlm.model.vlm import VLM
     from qwen3_vlm.parallel import topology as topologies
-    from qwen3_vlm.parallel.apply import build_stage, check_saved_offsets
+    from qwen3_vlm.parallel.apply import build_stage
     from qwen3_vlm.parallel.broadcast import gather_objects
     from qwen3_vlm.train import callbacks
     from qwen3_vlm.train.batches import StepBatches
@@ -145,7 +145,6 @@ def train(config: "RunConfig") -> None:
             precision=config.precision,
             device=topology.backend.device,
         )
-        check_saved_offsets(wrapped)
         optimizer = build_optimizer(config.optim, config.precision, wrapped)
         whole_run = config.train.max_steps or total_samples(config, samples)
         watchers: list[callbacks.Callback] = []
