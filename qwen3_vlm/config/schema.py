@@ -235,7 +235,7 @@ class RunConfig:
     """Everything that defines a run."""
 
     exp_dir: str = MISSING
-    """Run folder: metrics.jsonl, skipped.jsonl, config.yaml, checkpoints/, tensorboard/. A new start resumes."""
+    """Run folder: metrics.jsonl, skipped.jsonl, config.yaml, sizes.npz, checkpoints/, tensorboard/. A start resumes."""
     model: DecoderConfig = field(default_factory=DecoderConfig)
     modality: dict[str, ModalityConfig] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)

@@ -6,8 +6,11 @@ rank's `Share` of it -> worker processes -> rows.
 The position is the pass and the number of rows that all ranks together have taken.
 """
 
+import json
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +51,7 @@ class RowLoader:
         seed: with the number of the pass, defines the order.
         share: which rows of a step are this rank's.
         gather: takes what this rank measured, returns that of all data-parallel ranks in their order.
+        cache: file that keeps what was measured for the next start; None measures at every start.
         split: "train" is shuffled; any other ("val") comes in the order of the files.
 
     Raises:
@@ -65,6 +69,7 @@ class RowLoader:
         seed: int,
         share: Share | None = None,
         gather: Callable[[Measured], Sequence[Measured]] = lambda mine: [mine],
+        cache: Path | None = None,
         split: str = "train",
     ):
         self._config = config
@@ -74,8 +79,6 @@ class RowLoader:
         self._share = share or Share()
         self._encoder = ChatTaskEncoder(chat=ChatEncoder(tokenizer, modalities), config=config, seq_length=seq_length)
         self._source = SampleSource(config.path, split=split, encoder=self._encoder)
-        self.sizes = self._measure(gather)
-        """Of every sample of the source, by its number."""
         self._stream = {
             "data": self._source.fingerprint,
             "split": split,
@@ -88,6 +91,9 @@ class RowLoader:
             "tokenizer": tokenizer.fingerprint,
             "tokens_per_item": {name: modality.num_tokens for name, modality in modalities.items()},
         }
+        measured = self._measure(gather, cache)
+        self.sizes = Sizes(tokens=measured[:, 0].copy(), items=measured[:, 1].copy())
+        """Of every sample of the source, by its number."""
         self._iterator: Iterator[PackedRow] | None = None
         self._steps: list[list[int]] = []
         self._epoch = self._row = 0
@@ -200,8 +206,15 @@ class RowLoader:
         self._epoch = epoch
         self._row = row
 
-    def _measure(self, gather: Callable[[Measured], Sequence[Measured]]) -> Sizes:
-        """Read the text of every sample; the ranks share the work."""
+    def _measure(self, gather: Callable[[Measured], Sequence[Measured]], cache: Path | None) -> Measured:
+        """Sizes of all samples: from the cache if all ranks have it, else read by all ranks together."""
+        measured_of = {name: self._stream[name] for name in ("split", "seq_length", "tokenizer", "tokens_per_item")}
+        key = json.dumps(measured_of | {"files": self._source.version})
+        kept = _read_cache(cache, key)
+        have = gather(np.array([[kept is not None, 0]], np.int32))
+        if kept is not None and all(part[0, 0] for part in have):
+            log.info("sizes of %s samples of %s: %s", f"{len(kept):,}", self._split, cache)
+            return kept
         started = time.perf_counter()
         chunks = _Chunks(self._source)
         ranks = self._share.dp_size
@@ -214,7 +227,12 @@ class RowLoader:
                 measured[numbers.start : numbers.stop], part = np.split(part, [len(numbers)])
         seconds = time.perf_counter() - started
         log.info("measured %s samples of %s in %.1f s", f"{len(measured):,}", self._split, seconds)
-        return Sizes(tokens=measured[:, 0].copy(), items=measured[:, 1].copy())
+        if cache is not None and self._share.dp_rank == 0:
+            partial = cache.with_name(f"{cache.name}.partial")
+            with partial.open("wb") as file:
+                np.savez(file, key=np.array(key), sizes=measured)
+            partial.replace(cache)
+        return measured
 
     def _load(self, dataset: "_Rows | _Chunks", numbers: Sequence[int]) -> DataLoader:
         workers = self._config.num_workers
@@ -267,6 +285,17 @@ class _Chunks(Dataset[Measured]):
     def __getitem__(self, chunk: int) -> Measured:
         samples = self._source.read(self.numbers(chunk))
         return np.array([(len(s), sum(map(len, s.media_files.values()))) for s in samples], np.int32).reshape(-1, 2)
+
+
+def _read_cache(cache: Path | None, key: str) -> Measured | None:
+    if cache is None or not cache.is_file():
+        return None
+    try:
+        with np.load(cache, allow_pickle=False) as kept:
+            return kept["sizes"] if kept["key"].item() == key else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        log.warning("%s is no file of sizes (%s): the samples are measured again", cache, error)
+        return None
 
 
 def _as_it_is(item: Any) -> Any:

@@ -54,6 +54,9 @@ class SampleSource:
         self.repetitions = [float(leaf.repetitions or 1) for leaf in self._leaves]
         """How often each leaf comes in a pass."""
         self.fingerprint = _fingerprint(self._leaves)
+        """Hash of what defines the samples, wherever their files lie."""
+        self.version = [self.fingerprint, *_modified(self._leaves)]
+        """Changes with every change of a local file, also where the fingerprint does not."""
         self._ends = list(accumulate(self.sizes))
         self._process = -1
         self._datasets: list[SavableDataset[EncodedSample]] = []
@@ -197,3 +200,9 @@ def _fingerprint(leaves: Sequence[LoadedDataset]) -> str:
                 if index.is_file():
                     digest.update(index.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _modified(leaves: Sequence[LoadedDataset]) -> list[int]:
+    """When the leaves' local files were written last, in ns."""
+    paths = [EPath(str(source)) for leaf in leaves for source in leaf.dataset.paths]
+    return [path.local_path().stat().st_mtime_ns for path in paths if path.is_local()]

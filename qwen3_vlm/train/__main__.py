@@ -121,6 +121,7 @@ def train(config: "RunConfig") -> None:
                     dp_size=topology.dp_size,
                 ),
                 gather=lambda mine: gather_objects(mine, parallel_state.get_data_parallel_group()),
+                cache=exp_dir / "sizes.npz",
             )
             if topology.is_model_parallel_source
             else None

@@ -80,9 +80,10 @@ def make_loader(tokenizer_folder: Path, modalities: dict[str, Modality]) -> Iter
 
     def build(path: Path, *, mods: dict[str, Modality] | None = None, **options: object) -> RowLoader:
         used = modalities if mods is None else mods
-        own = {"seq_length": 64, "seed": 7, "split": "train"}
+        own = {"seq_length": 64, "seed": 7, "split": "train", "cache": None, "gather": None}
         for name in own.keys() & options.keys():
             own[name] = options.pop(name)
+        gather = own.pop("gather")
         share = Share(**{f.name: options.pop(f.name) for f in fields(Share) if f.name in options})
         share = replace(share, global_batch_size=max(share.global_batch_size, share.dp_size))
         config = DataConfig(path=str(path), **({"num_workers": 0, "packing_buffer_size": 8} | options))
@@ -91,8 +92,8 @@ def make_loader(tokenizer_folder: Path, modalities: dict[str, Modality]) -> Iter
         loader = RowLoader(**common)
         if share != Share():  # the only chunk of so few samples is rank 0's
             measured = np.stack([loader.sizes.tokens, loader.sizes.items], axis=1)
-            parts = [measured] + [measured[:0]] * (share.dp_size - 1)
-            loader = RowLoader(**common, share=share, gather=lambda _: parts)
+            answers = iter([[np.zeros((1, 2))], [measured] + [measured[:0]] * (share.dp_size - 1)])
+            loader = RowLoader(**common, share=share, gather=gather or (lambda _: next(answers)))
         loaders.append(loader)
         return loaders[-1]
 

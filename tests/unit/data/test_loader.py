@@ -202,11 +202,44 @@ def test_ranks_share_the_measuring(
     parts = [np.concatenate(chunks[rank::3]) for rank in range(3)]
     for rank in range(3):
         seen = []
-        loader = RowLoader(
-            **common, share=Share(dp_rank=rank, dp_size=3), gather=lambda mine, seen=seen: seen.append(mine) or parts
-        )
-        assert np.array_equal(seen[0], parts[rank])
+
+        def gather(mine: np.ndarray, seen: list[np.ndarray] = seen) -> list[np.ndarray]:
+            seen.append(mine)
+            return [np.zeros((1, 2))] * 3 if len(seen) == 1 else parts
+
+        loader = RowLoader(**common, share=Share(dp_rank=rank, dp_size=3), gather=gather)
+        assert np.array_equal(seen[1], parts[rank])
         assert np.array_equal(loader.sizes.tokens, sizes.tokens) and np.array_equal(loader.sizes.items, sizes.items)
+
+
+def test_sizes_are_kept_for_the_next_start(
+    make_data: Make, make_loader: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Not for other files, another tokenizer or other lengths; and not if one of the ranks lacks them."""
+    path, cache = make_data(good_rows(9)), tmp_path / "sizes.npz"
+    expected = make_loader(path, cache=cache).sizes.tokens
+    reads = []
+    read = loader_module.SampleSource.read
+    monkeypatch.setattr(
+        loader_module.SampleSource, "read", lambda self, numbers: reads.append(1) or read(self, numbers)
+    )
+
+    def starts_with_measuring(**options: object) -> bool:
+        reads.clear()
+        assert np.array_equal(make_loader(path, cache=cache, **options).sizes.tokens > 0, expected > 0)
+        return bool(reads)
+
+    assert not starts_with_measuring()
+    assert not starts_with_measuring(num_workers=0, packing_buffer_size=3)
+    assert starts_with_measuring(seq_length=65) and starts_with_measuring() and not starts_with_measuring()
+    (path / "train.jsonl").touch()
+    assert starts_with_measuring() and not starts_with_measuring()
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert starts_with_measuring() and not starts_with_measuring()
+    lacking = np.array([[0, 0]])
+    whole = np.stack([expected, np.array([1, 1, 1, 1, 0] * 2)[:9]], axis=1)
+    answers = iter([[lacking, np.array([[1, 0]])], [whole, whole[:0]]])
+    assert starts_with_measuring(dp_size=2, dp_rank=0, gather=lambda _: next(answers))
 
 
 def test_a_file_that_changes_while_it_is_read(make_data: Make, make_loader: Load):
