@@ -100,9 +100,17 @@ def generation_config(spec: FolderSpec) -> str:
 
 
 def tokenizer_config(text: str) -> str:
-    """The decoder's tokenizer_config.json, without its own chat template (which adds think blocks) and for generation."""
+    """The decoder's tokenizer_config.json for a chat model, without its own template (which adds think blocks).
+
+    What transformers 5 wrote is put in words that 4.57 knows too: a tokenizer of no class of its own is called
+    PreTrainedTokenizerFast, and a list of further special tokens additional_special_tokens.
+    """
     config = json.loads(text)
     config.pop("chat_template", None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     return _json(config | {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "padding_side": "left"})
 
 
