@@ -21,9 +21,9 @@ def export_folder(case: Case, out: Path, topology: Topology) -> Path:
     out.mkdir(parents=True)
     tensors = {}
     for name, tensor in load_file(case.folder / "llm" / "model.safetensors").items():
-        tensors["lm_head.weight" if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)] = (
-            tensor
-        )
+        tensors[
+            "lm_head.weight" if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)
+        ] = tensor
     vision = json.loads((case.folder / "tower" / "config.json").read_text())
     built = vision["num_hidden_layers"] + 1 + case.spec.feature_layer
     unbuilt = [f"encoder.layers.{i}." for i in range(built, vision["num_hidden_layers"])]
@@ -36,7 +36,11 @@ def export_folder(case: Case, out: Path, topology: Topology) -> Path:
     prefix = "towers.image."
     for name, tensor in case.load(ParallelConfig(), topology).model.state_dict().items():
         bare = name.removeprefix(prefix)
-        if name.startswith(prefix) and bare.startswith(("resampler.", "projector.")) and isinstance(tensor, torch.Tensor):
+        if (
+            name.startswith(prefix)
+            and bare.startswith(("resampler.", "projector."))
+            and isinstance(tensor, torch.Tensor)
+        ):
             tensors[f"model.{bare}"] = tensor.contiguous()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 

@@ -11,8 +11,8 @@ class Qwen3SiglipConfig(PretrainedConfig):
     Args:
         text_config: the decoder, as `Qwen3Config`.
         vision_config: the tower, as `SiglipVisionConfig`, with the number of layers that it was published with.
-        feature_layer: -1: the tower's last layer after post_layernorm; -2: the last but one layer's plain output. Layers
-            behind it are not built.
+        feature_layer: -1: the tower's last layer after post_layernorm; -2: the last but one layer's plain output.
+            Layers behind it are not built.
         resampler_num_tokens: N, the visual tokens of an image.
         resampler_depth: blocks of cross-attention and FFN.
         resampler_latent_init: "pooled" (learned latents + average-pooled features) or "learned".

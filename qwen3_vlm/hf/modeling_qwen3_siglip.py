@@ -3,7 +3,7 @@
 Flow: pixels -> tower -> features -> resampler -> N latents -> projector -> embeddings, which replace those of the
 `<|image_pad|>` tokens; then the decoder.
 
-Legend: b prompts, s sequence, h decoder width, v vocabulary, i images, p patches, w tower width, n heads, k = N latents.
+Legend: b prompts, s sequence, h decoder width, v vocabulary; i images, p patches, w tower width, k = N latents.
 """
 
 import math
@@ -26,7 +26,7 @@ from .configuration_qwen3_siglip import Qwen3SiglipConfig
 class Qwen3SiglipModelOutputWithPast(BaseModelOutputWithPast):
     """Hidden states, with what the images became."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_hidden_states: Tensor | None = None
     """[i, k, h]"""
 
 
@@ -34,12 +34,12 @@ class Qwen3SiglipModelOutputWithPast(BaseModelOutputWithPast):
 class Qwen3SiglipCausalLMOutputWithPast(ModelOutput):
     """Logits, with what the images became."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: Tensor | None = None
+    logits: Tensor | None = None
     past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
 
 
 class Mlp(nn.Module):
@@ -135,7 +135,7 @@ class Projector(nn.Module):
         return self.encoder(latents_ikw)
 
 
-def build_tower(config: Qwen3SiglipConfig) -> nn.Module:
+def build_tower(config: Qwen3SiglipConfig) -> Any:
     """SigLIP without pooling head, up to the layer whose output is taken; named the same in transformers 4.57 and 5.x.
 
     4.57 wraps the tower in a module `vision_model`, 5.x does not.
@@ -174,7 +174,7 @@ class Qwen3SiglipModel(Qwen3SiglipPreTrainedModel):
 
     def __init__(self, config: Qwen3SiglipConfig):
         super().__init__(config)
-        self.vision_tower = build_tower(config)
+        self.vision_tower: Any = build_tower(config)
         self.resampler = Resampler(config)
         self.projector = Projector(config)
         self.language_model = Qwen3Model(config.text_config)
@@ -238,12 +238,12 @@ class Qwen3SiglipModel(Qwen3SiglipPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Qwen3SiglipModelOutputWithPast:
         """Embed, place images, decode.
@@ -290,7 +290,7 @@ class Qwen3SiglipForConditionalGeneration(Qwen3SiglipPreTrainedModel, Generation
     def __init__(self, config: Qwen3SiglipConfig):
         super().__init__(config)
         self.model = Qwen3SiglipModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -320,13 +320,13 @@ class Qwen3SiglipForConditionalGeneration(Qwen3SiglipPreTrainedModel, Generation
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Qwen3SiglipCausalLMOutputWithPast:
@@ -374,9 +374,9 @@ class Qwen3SiglipForConditionalGeneration(Qwen3SiglipPreTrainedModel, Generation
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: Tensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat a prompt's images as a whole for beams and several answers; rows of pixel_values are no prompts."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1:

@@ -1,7 +1,7 @@
 """Messages and images -> what the model takes, for transformers 4.57 and 5.x; needs no torchvision.
 
-A conversation is plain ChatML: `<|im_start|>{role}\\n{content}<|im_end|>\\n` for each turn, a system turn only if given.
-An image is `<|vision_start|>` + N x `<|image_pad|>` + `<|vision_end|>`. `apply_chat_template(..., tokenize=True)` places
+A conversation is plain ChatML, `<|im_start|>{role}\\n{content}<|im_end|>\\n` for each turn, a system turn only if given;
+an image is `<|vision_start|>` + N x `<|image_pad|>` + `<|vision_end|>`. `apply_chat_template(..., tokenize=True)` places
 special tokens itself and encodes words with a tokenizer that knows no added token, so that "<|im_end|>" typed by a user
 is a few ordinary tokens. `processor(text=...)` takes rendered text instead and reads special tokens in it as such.
 
@@ -86,7 +86,9 @@ class Qwen3SiglipImageProcessor(ImageProcessingMixin):
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
         """[3, H, W] uint8 -> FP32, by the same operations as in training."""
-        mean, std = (np.asarray(x, np.float32)[:, None, None] * np.float32(255) for x in (self.image_mean, self.image_std))
+        mean, std = (
+            np.asarray(x, np.float32)[:, None, None] * np.float32(255) for x in (self.image_mean, self.image_std)
+        )
         return (pixels.astype(np.float32) - mean) / std
 
 
@@ -183,7 +185,9 @@ class Qwen3SiglipProcessor(ProcessorMixin):
             ValueError: an unknown role or part, or images and their places differ in number.
         """
         if add_generation_prompt and continue_final_message:
-            raise ValueError("add_generation_prompt opens a new turn, continue_final_message keeps the last: choose one")
+            raise ValueError(
+                "add_generation_prompt opens a new turn, continue_final_message keeps the last: choose one"
+            )
         rendered = None
         if not tokenize or chat_template is not None:
             rendered = super().apply_chat_template(
@@ -213,9 +217,7 @@ class Qwen3SiglipProcessor(ProcessorMixin):
         inputs = self(media, rendered, **kwargs) if rendered is not None else self._collate(prompts, media, **kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
-    def __call__(
-        self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Rendered prompts and their images -> model inputs.
 
         Args:
