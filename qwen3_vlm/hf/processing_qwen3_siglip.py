@@ -1,9 +1,9 @@
 """Messages and images -> what the model takes, for transformers 4.57 and 5.x; needs no torchvision.
 
-A conversation is plain ChatML, `<|im_start|>{role}\\n{content}<|im_end|>\\n` for each turn, a system turn only if given;
-an image is `<|vision_start|>` + N x `<|image_pad|>` + `<|vision_end|>`. `apply_chat_template(..., tokenize=True)` places
-special tokens itself and encodes words with a tokenizer that knows no added token, so that "<|im_end|>" typed by a user
-is a few ordinary tokens. `processor(text=...)` takes rendered text instead and reads special tokens in it as such.
+A turn is plain ChatML, `<|im_start|>{role}\\n{content}<|im_end|>\\n`, a system turn only if given; an image is
+`<|vision_start|>` + N x `<|image_pad|>` + `<|vision_end|>`. `apply_chat_template(..., tokenize=True)` places special
+tokens itself and encodes words with a tokenizer that knows no added token, so that "<|im_end|>" typed by a user is a
+few ordinary tokens. `processor(text=...)` takes rendered text instead and reads special tokens in it as such.
 
 Pieces, the form between the two: a str is words, a list is token ids; neighbouring words are encoded together, and an
 empty list keeps them apart.
