@@ -1,12 +1,18 @@
 """The text files of an exported folder: everything but tensors and tokenizer. Plain values in, text out.
 
 The folder loads with transformers' Auto classes and `trust_remote_code=True`: config.json names the classes of the
-three files that travel with it (configuration, modeling and processing). Its tensors are named
+three files that travel with it (configuration, modeling and processing). Beside them lie
 
-    model.language_model.*  transformers' Qwen3Model; lm_head.weight beside it, unless tied
-    model.vision_tower.*    transformers' SigLIP tower without `vision_model.` and without the pooling head; layers
-                            behind the one whose output is taken, and post_layernorm with feature_layer -2, are left out
-    model.resampler.*, model.projector.*   as the checkpoint names them behind `towers.image.`
+    model*.safetensors (+ index)    the tensors, named as below
+    tokenizer.json, ...             the decoder's tokenizer files; tokenizer_config.json as `tokenizer_config` makes it
+
+Tensors, every one in transformers' own shape, so that 4.57 and 5.x both load them:
+
+    model.language_model.*  Qwen3Model; embed_tokens has the true vocabulary. lm_head.weight beside it, unless tied
+    model.vision_tower.*    the SigLIP tower without `vision_model.` and without pooling head. Layers behind the one
+                            whose output is taken are left out, and post_layernorm unless feature_layer is -1
+    model.resampler.*, model.projector.*   as the checkpoint names them behind `towers.image.`; rows of a resampler's
+                            linear_kv are a head's keys, then its values, head by head
 """
 
 import json
@@ -107,7 +113,7 @@ def tokenizer_config(text: str) -> str:
     """
     config = json.loads(text)
     config.pop("chat_template", None)
-    if config.get("tokenizer_class") == "TokenizersBackend":
+    if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")

