@@ -218,13 +218,22 @@ class Qwen3SiglipProcessor(ProcessorMixin):
         inputs = self(media, rendered, **kwargs) if rendered is not None else self._collate(prompts, media, **kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
-    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        return_text_replacement_offsets: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Rendered prompts and their images -> model inputs.
 
         Args:
             images: one image, a list for all prompts in order, or a list of lists, one a prompt.
             text: prompts with special tokens in them; an image is `<|image_pad|>`, alone or in `<|vision_start|>` and
                 `<|vision_end|>`, or N of them in there. Without text, pixels alone are returned.
+            return_text_replacement_offsets: add text_replacement_offsets, where each image stands in the text and what
+                it becomes, as transformers 5's processors report it (serving engines ask).
             kwargs: return_tensors ("pt", "np"), padding (True, False, "max_length"), padding_side, max_length,
                 truncation, pad_to_multiple_of, return_mm_token_type_ids; the same in text_kwargs or common_kwargs.
 
@@ -240,18 +249,19 @@ class Qwen3SiglipProcessor(ProcessorMixin):
         flat = [] if flat is None else list(flat) if isinstance(flat, list | tuple) else [flat]
         if text is None:
             return self._collate(None, flat, **kwargs)
-        prompts, counts = [], []
-        for prompt in [text] if isinstance(text, str) else text:
-            pieces = list(self._text_pieces(prompt))
-            prompts.append(self._encode(pieces))
-            counts.append(prompts[-1].count(self.image_token_id) // self.num_image_tokens)
+        texts = [text] if isinstance(text, str) else text
+        prompts = [self._encode(self._text_pieces(prompt)) for prompt in texts]
+        counts = [ids.count(self.image_token_id) // self.num_image_tokens for ids in prompts]
         given = [len(group) for group in per_prompt] if per_prompt is not None else None
         if (given or counts) != counts or len(flat) != sum(counts):
             raise ValueError(
                 f"the prompts have places for {counts} images, got {given or len(flat)}: an image is "
                 f"{VISION_START}{IMAGE_PAD}{VISION_END} in text, or use apply_chat_template"
             )
-        return self._collate(prompts, flat, **kwargs)
+        inputs = self._collate(prompts, flat, **kwargs)
+        if return_text_replacement_offsets:
+            inputs["text_replacement_offsets"] = [self._replacements(prompt) for prompt in texts]
+        return inputs
 
     def _chat_pieces(self, messages: Sequence[Any], rest: Iterator[Any], media: list[Any]) -> list[Piece]:
         """Turns -> pieces; appends the images to `media`."""
@@ -296,6 +306,20 @@ class Qwen3SiglipProcessor(ProcessorMixin):
             else:
                 raise ValueError(f"an image has {count} {IMAGE_PAD} in the text, expected 1 or {self.num_image_tokens}")
         yield text[end:]
+
+    def _replacements(self, text: str) -> list[dict[str, Any]]:
+        """Placeholders of a rendered text: their span, and the text and span of what they become."""
+        replacement = IMAGE_PAD * self.num_image_tokens
+        found, shift = [], 0
+        for match in SPECIAL.finditer(text):
+            if IMAGE_PAD in match.group():
+                start = text.index(IMAGE_PAD, match.start())
+                end = start + match.group().count(IMAGE_PAD) * len(IMAGE_PAD)
+                new_span = (start + shift, start + shift + len(replacement))
+                spans = {"span": (start, end), "new_span": new_span, "text": text[start:end]}
+                found.append({"type": "image", **spans, "replacement": replacement})
+                shift += len(replacement) - (end - start)
+        return found
 
     @property
     def _image_ids(self) -> list[int]:

@@ -170,6 +170,18 @@ def test_loss_is_the_mean_over_labels_and_logits_can_be_kept_back(load: Any, tmp
     assert kept.image_hidden_states.shape == (1, 4, 64)
 
 
+@torch.no_grad()
+def test_positions_can_be_given(load: Any, tmp_path: Path):
+    exported = load("kv8_untied")
+    inputs = encoded(exported, ["one_image"], tmp_path)
+    count = torch.arange(inputs["input_ids"].shape[1])[None]
+    plain, counted, spread = (
+        exported.model(**inputs, **extra).logits for extra in ({}, {"position_ids": count}, {"position_ids": 2 * count})
+    )
+    torch.testing.assert_close(counted, plain)
+    assert (spread - plain).abs().max() > 0.1
+
+
 def test_gradient_checkpointing_changes_no_gradient(load: Any, cases: dict[str, Case], tmp_path: Path):
     exported = load("kv1_untied")
     inputs = encoded(exported, ["three_images"], tmp_path)

@@ -229,6 +229,23 @@ def test_a_batch_is_padded_on_the_left(processor: ProcessorMixin):
     assert right[0] == alone[0] + [pad] * (width - len(alone[0]))
 
 
+@pytest.mark.parametrize(
+    "rendered", ["<|image_pad|><|image_pad|>", f"a{ITEM}b<|vision_start|><|image_pad|><|vision_end|>"]
+)
+def test_places_of_images_are_reported_as_transformers_does(processor: ProcessorMixin, rendered: str):
+    """What a serving engine asks with: bare placeholders, one an image. Its own text may hold expanded ones too."""
+    got = processor(text=rendered, images=[PICTURE] * 2, return_tensors="pt", return_text_replacement_offsets=True)
+    (offsets,) = got["text_replacement_offsets"]
+    assert all(rendered[slice(*offset["span"])] == offset["text"] for offset in offsets)
+    expanded = processor.tokenizer.decode(got["input_ids"][0])
+    pads = "<|image_pad|>" * NUM_TOKENS
+    assert [expanded[slice(*offset["new_span"])] for offset in offsets] == [pads] * 2
+    one_each = rendered.replace(pads, "<|image_pad|>")
+    (theirs,) = processor.get_text_with_replacements([one_each], [pads] * 2)[1]
+    assert [offset["new_span"] for offset in offsets] == [offset["new_span"] for offset in theirs]
+    assert one_each != rendered or offsets == theirs
+
+
 def test_the_last_turn_can_be_continued(processor: ProcessorMixin):
     conversation = as_parts([("user", ["Hi"]), ("assistant", ["Yes, a"])])
     whole = processor.apply_chat_template(conversation, tokenize=True)[0]
