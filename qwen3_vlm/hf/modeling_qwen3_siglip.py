@@ -226,14 +226,13 @@ class Qwen3SiglipModel(Qwen3SiglipPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
         else:
             mask = input_ids == image_token_id
-        mask = mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
-        if not torch.compiler.is_compiling() and inputs_embeds[mask].numel() != image_features.numel():
+        if not torch.compiler.is_compiling() and mask.sum() != image_features.shape[0] * image_features.shape[1]:
             raise ValueError(
-                f"the prompts hold {int(mask[..., 0].sum())} image tokens (id {image_token_id}) but the images make "
+                f"the prompts hold {int(mask.sum())} image tokens (id {image_token_id}) but the images make "
                 f"{image_features.shape[0]} x {image_features.shape[1]} embeddings: encode text and images together "
                 "with the processor, without truncation"
             )
-        return mask
+        return mask.unsqueeze(-1).expand_as(inputs_embeds).to(inputs_embeds.device)
 
     @can_return_tuple
     def forward(

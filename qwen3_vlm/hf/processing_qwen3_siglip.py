@@ -161,7 +161,8 @@ class Qwen3SiglipProcessor(ProcessorMixin):
         continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
-        images: Sequence[Any] | None = None,
+        return_tensors: str | None = None,
+        images: Any = None,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -176,15 +177,19 @@ class Qwen3SiglipProcessor(ProcessorMixin):
             continue_final_message: leave the last turn open.
             tokenize: encode; otherwise return the text.
             return_dict: return input_ids, attention_mask and pixel_values, not input_ids alone.
+            return_tensors: "pt" or "np"; lists otherwise.
             images: those that the messages do not bring themselves, in order; one list for all conversations.
-            processor_kwargs: and further keywords: as `__call__` takes them.
+            processor_kwargs: as `__call__` takes them.
+            kwargs: the same, with our template; variables of another template, or of text that is not encoded.
 
         Returns:
             Text (or a list of texts), or token ids, or a BatchFeature.
 
         Raises:
-            ValueError: an unknown role or part, or images and their places differ in number.
+            ValueError: no turn, an unknown role or part, or images and their places differ in number.
         """
+        if not conversation:
+            raise ValueError("the conversation has no turn")
         if add_generation_prompt and continue_final_message:
             raise ValueError(
                 "add_generation_prompt opens a new turn, continue_final_message keeps the last: choose one"
@@ -197,11 +202,13 @@ class Qwen3SiglipProcessor(ProcessorMixin):
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 num_image_tokens=self.num_image_tokens,
+                **kwargs,
             )
+            kwargs = {}
         if not tokenize:
             return rendered
         conversations = conversation if isinstance(conversation[0], list | tuple) else [conversation]
-        rest = iter(images or ())
+        rest = iter([] if images is None else images if isinstance(images, list | tuple) else [images])
         media: list[Any] = []
         prompts = []
         for messages in conversations:
@@ -214,7 +221,8 @@ class Qwen3SiglipProcessor(ProcessorMixin):
         unused = len(list(rest))
         if unused:
             raise ValueError(f"images= holds {unused} more than the conversations have places for")
-        kwargs = {**(processor_kwargs or {}), **kwargs}
+        given = {name: value for name, value in kwargs.items() if value is not None}  # tools=None and the like
+        kwargs = {"return_tensors": return_tensors, **(processor_kwargs or {}), **given}
         inputs = self(media, rendered, **kwargs) if rendered is not None else self._collate(prompts, media, **kwargs)
         return inputs if return_dict else inputs["input_ids"]
 

@@ -246,6 +246,22 @@ def test_places_of_images_are_reported_as_transformers_does(processor: Processor
     assert one_each != rendered or offsets == theirs
 
 
+def test_another_template_is_rendered_and_then_encoded(processor: ProcessorMixin):
+    template = "{{ greeting }} {% for m in messages %}<|vision_start|><|image_pad|><|vision_end|>{% endfor %}"
+    conversation = as_parts([("user", [IMAGE])])
+    options = {"chat_template": template, "greeting": "Hello", "tokenize": True, "return_dict": True}
+    inputs = processor.apply_chat_template(conversation, return_tensors="pt", **options)
+    assert processor.decode(inputs["input_ids"][0]) == f"Hello {ITEM}"
+    assert inputs["pixel_values"].shape == (1, 3, SIZE, SIZE)
+    assert processor.apply_chat_template(conversation, template, greeting="Hi").startswith("Hi <|vision_start|>")
+
+
+def test_one_image_needs_no_list(processor: ProcessorMixin):
+    string = [{"role": "user", "content": "<image> What?"}]
+    expected = processor.apply_chat_template(string, images=[PICTURE], tokenize=True, tools=None)
+    assert processor.apply_chat_template(string, images=PICTURE, tokenize=True) == expected
+
+
 def test_the_last_turn_can_be_continued(processor: ProcessorMixin):
     conversation = as_parts([("user", ["Hi"]), ("assistant", ["Yes, a"])])
     whole = processor.apply_chat_template(conversation, tokenize=True)[0]
@@ -270,6 +286,7 @@ def test_the_last_turn_can_be_continued(processor: ProcessorMixin):
             lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=True),
             "unknown content type 'video'",
         ),
+        (lambda p: p.apply_chat_template([], tokenize=True), "no turn"),
         (lambda p: p(text="Hi", images=[PICTURE]), r"places for \[0\] images, got 1"),
         (
             lambda p: p(text=["<|image_pad|>", "Hi"], images=[[], [PICTURE]]),
