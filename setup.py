@@ -8,5 +8,8 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["qwen3_vlm", "qwen3_vlm.*"]), "qwen3_vlm.conf"],
     package_dir={"qwen3_vlm.conf": "conf"},
-    package_data={"qwen3_vlm": ["**/*.jinja", "**/*.json", "**/*.html"], "qwen3_vlm.conf": ["*.yaml", "*/*.yaml"]},
+    package_data={
+        "qwen3_vlm": ["**/*.jinja", "**/*.json", "**/*.html", "hf/*.md"],
+        "qwen3_vlm.conf": ["*.yaml", "*/*.yaml"],
+    },
 )

@@ -1,4 +1,4 @@
-"""An installed wheel holds conf/ and composes from any directory."""
+"""An installed wheel holds conf/ and the files of an exported folder, and composes from any directory."""
 
 import shutil
 import subprocess
@@ -25,6 +25,9 @@ def test_a_wheel_composes_from_any_directory(tmp_path):
     code = (
         "from qwen3_vlm.config.compose import compose, conf_dir\n"
         "assert compose('stage1_align', ['exp_dir=x', 'data.path=y']).model.num_layers == 36\n"
+        "from qwen3_vlm.hf import folder\n"
+        "names = (*folder.CODE, folder.CHAT_TEMPLATE, folder.MODEL_CARD)\n"
+        "assert all((folder.HERE / name).is_file() for name in names)\n"
         "print(conf_dir())"
     )
     done = subprocess.run(
