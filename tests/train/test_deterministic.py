@@ -23,8 +23,7 @@ def run(checkpoint: Path, data: Path, folder: Path, *more: str) -> Run:
 def runs(checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """The same command twice, on two data-parallel ranks, and once with another learning rate."""
     return [
-        run(checkpoint, data, tmp_path_factory.mktemp("deterministic"), *more)
-        for more in ([], [], ["optim.lr=0.0011"])
+        run(checkpoint, data, tmp_path_factory.mktemp("deterministic"), *more) for more in ([], [], ["optim.lr=0.0011"])
     ]
 
 
