@@ -189,7 +189,7 @@ def prune(exp_dir: Path, keep: int) -> list[Path]:
     """
     latest = latest_step_dir(exp_dir)
     complete = sorted(p.parent for p in checkpoints_dir(exp_dir).glob(f"step_*/{MANIFEST}"))
-    removed = [p for p in complete[: len(complete) - keep] if p != latest]
+    removed = [p for p in complete[: max(0, len(complete) - keep)] if p != latest]
     for path in removed:
         (path / MANIFEST).unlink()  # from here on it does not look complete
         shutil.rmtree(path)

@@ -109,7 +109,7 @@ def steps_left(exp_dir: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step_")) for p in layout.checkpoints_dir(exp_dir).glob("step_*"))
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [20]), (2, [15, 20]), (9, [5, 10, 15, 20])])
+@pytest.mark.parametrize(("keep", "left"), [(1, [20]), (2, [15, 20]), *((n, [5, 10, 15, 20]) for n in (4, 5, 7, 9))])
 def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]):
     exp_dir = saved(tmp_path / "run", 5, 10, 15, 20)
     removed = layout.prune(exp_dir, keep)
