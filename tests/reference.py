@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,10 +43,21 @@ class Reference:
         )
 
     def pixels(self, files: Sequence[str]) -> Tensor:
-        """Images as transformers prepares them: [i, 3, H, W] FP32."""
+        """Images as transformers normalises them, resized as torchvision resizes tensors: [i, 3, H, W] FP32.
+
+        transformers' Pillow resize differs by a level of 255 here and there (tests/unit/modality/test_image.py).
+        """
         side = self.tower.config.image_size
-        processor = SiglipImageProcessorPil(size={"height": side, "width": side})
-        return processor(images=[load_image(file) for file in files], return_tensors="pt")["pixel_values"]
+        resized = [
+            F.interpolate(
+                torch.tensor(np.array(load_image(file))).permute(2, 0, 1)[None],
+                (side, side),
+                mode="bicubic",
+                antialias=True,
+            )[0]
+            for file in files
+        ]
+        return SiglipImageProcessorPil(do_resize=False)(images=resized, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 
 @pytest.mark.parametrize("resample", list(Resample))
 @pytest.mark.parametrize("size", [(90, 60), (20, 30), (48, 48), (1, 1), (500, 7)])
-def test_pixels_equal_transformers(tmp_path, size: tuple[int, int], resample: Resample):
-    """Largest difference measured: 0 (both resize with Pillow)."""
+def test_pixels_are_transformers(tmp_path, size: tuple[int, int], resample: Resample):
+    """Of 255 levels; largest difference measured: 2, in the mean 0.24 (torch resizes here, Pillow there)."""
     raw = encoded(photo(*size), "JPEG")
     (tmp_path / "a.jpg").write_bytes(raw)
     pil_resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[resample.value]
@@ -53,7 +53,8 @@ def test_pixels_equal_transformers(tmp_path, size: tuple[int, int], resample: Re
     expected = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
     got = modality(resample).preprocess(raw)
     assert got.dtype == torch.uint8 and got.shape == modality().media_shape == (3, SIZE, SIZE)
-    assert (got.int() - expected.int()).abs().max() == 0
+    difference = (got.int() - expected.int()).abs()
+    assert difference.max() <= 2 and difference.float().mean() <= 0.3
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I;16"])
