@@ -134,7 +134,7 @@ def collate_rows(rows: Sequence[PackedRow]) -> MicroBatch:
         max_seqlen=int(cu_seqlens.diff().max()),
         media={
             name: MediaBatch(
-                data=torch.cat([row.media[name].data for row in rows]),
+                data=rows[0].media[name].data if len(rows) == 1 else torch.cat([row.media[name].data for row in rows]),
                 positions=torch.cat(
                     [row.media[name].positions + start for row, start in zip(rows, starts, strict=False)]
                 ),

@@ -148,7 +148,8 @@ class ChatTaskEncoder(TaskEncoder[ChatSample, EncodedSample, PackedRow, PackedRo
             for name, modality in self.chat.modalities.items():
                 items = [modality.preprocess(file.get()) for file in sample.media_files.get(name, [])]
                 none = torch.empty((0, *modality.media_shape), dtype=modality.media_dtype)
-                sample.media[name] = torch.stack(items) if items else none
+                # A lone item is not copied.
+                sample.media[name] = none if not items else items[0][None] if len(items) == 1 else torch.stack(items)
         except BadSample as bad:
             return self._skipped(sample, self._skip(sample.key, bad))
         return sample

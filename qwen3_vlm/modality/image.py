@@ -96,10 +96,10 @@ def decode_rgb(raw: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(raw), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample("image_too_large", f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return upright.convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
     except (BadSample, MemoryError):
         raise
     except Image.DecompressionBombError as error:
