@@ -19,9 +19,10 @@ def convert() -> None:
 
 @app.command("import")
 def import_(
-    llm: Annotated[Path, typer.Option(help="Qwen3 folder: config.json, safetensors, tokenizer.")],
+    llm: Annotated[Path, typer.Option(help="Qwen3 folder (config.json, safetensors, tokenizer) or an export.")],
     vision: Annotated[
-        Path, typer.Option(help="SigLIP/SigLIP2 folder: config.json, safetensors, preprocessor_config.json.")
+        Path,
+        typer.Option(help="SigLIP/SigLIP2 folder (config.json, safetensors, preprocessor_config.json) or an export."),
     ],
     out: Annotated[Path, typer.Option(help="The checkpoint to write.")],
     seed: Annotated[int, typer.Option(help="Seed of the fresh resampler and projector.")] = 1234,
@@ -31,26 +32,30 @@ def import_(
         typer.Argument(help="modality.image.resampler.num_tokens=128, ...; model=NAME checks the folder's size."),
     ] = None,
 ) -> None:
-    """Hugging Face folders -> a checkpoint that loads at any layout, with a fresh resampler and projector."""
-    from qwen3_vlm.config.schema import ParallelConfig
-    from qwen3_vlm.parallel import topology
+    """Hugging Face folders -> a checkpoint that loads at any layout.
 
-    topology.initialize(ParallelConfig(), seed=seed)
-    try:
-        from qwen3_vlm.convert.architecture import architecture_of
-        from qwen3_vlm.convert.hf import import_hf
+    With a Qwen3 and a SigLIP folder, resampler and projector are fresh. With one of our own exports as both, everything
+    comes from it.
+    """
+    from qwen3_vlm.parallel.backend import select_backend
 
-        decoder, modalities = architecture_of(llm, vision, overrides or [])
-        report = import_hf(llm=llm, vision=vision, out=out, decoder=decoder, modalities=modalities, seed=seed)
-    finally:
-        topology.shutdown()
+    select_backend()
+    from qwen3_vlm.convert.architecture import architecture_of
+    from qwen3_vlm.convert.hf import import_hf
+
+    decoder, modalities = architecture_of(llm, vision, overrides or [])
+    report = import_hf(llm=llm, vision=vision, out=out, decoder=decoder, modalities=modalities, seed=seed)
     for folder, dropped in report.items():
-        print(f"{folder}: {len(dropped)} tensors are dropped by design" + (":" if dropped else ""))
-        for name in dropped:
-            print(f"  {name}")
+        _print_dropped(folder, dropped)
     print(f"wrote {out}")
     if json_file is not None:
         json_file.write_text(json.dumps({"checkpoint": str(out), "dropped": report}, indent=1) + "\n")
+
+
+def _print_dropped(source: str, dropped: list[str]) -> None:
+    print(f"{source}: {len(dropped)} tensors are dropped by design" + (":" if dropped else ""))
+    for name in dropped:
+        print(f"  {name}")
 
 
 if __name__ == "__main__":
