@@ -1,11 +1,13 @@
 """Weights between Hugging Face folders and Megatron checkpoints.
 
 python tools/convert.py import --llm Qwen3-8B-Base --vision siglip2-so400m-patch14-384 --out CKPT [model=qwen3_8b]
+python tools/convert.py export --checkpoint CKPT --out HF_DIR [--part llm]
+python tools/convert.py import --llm HF_DIR --vision HF_DIR --out CKPT      goes on from an export
 """
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -50,6 +52,29 @@ def import_(
     print(f"wrote {out}")
     if json_file is not None:
         json_file.write_text(json.dumps({"checkpoint": str(out), "dropped": report}, indent=1) + "\n")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Option(help="CKPT: import's --out, a saved step, or an exp_dir (its latest).")],
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder to write.")],
+    part: Annotated[
+        Literal["all", "llm"], typer.Option(help="all: the whole model; llm: the decoder alone, as a plain Qwen3.")
+    ] = "all",
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest safetensors file, in 10^9 bytes.")] = 5.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write what was done here.")] = None,
+) -> None:
+    """A checkpoint -> a folder for transformers: AutoModelForImageTextToText, or AutoModelForCausalLM (--part llm)."""
+    from qwen3_vlm.parallel.backend import select_backend
+
+    select_backend()
+    from qwen3_vlm.convert.export import Part, export_hf
+
+    dropped = export_hf(checkpoint=checkpoint, out=out, part=Part(part), max_shard_bytes=int(max_shard_gb * 10**9))
+    _print_dropped(str(checkpoint), dropped)
+    print(f"wrote {out}")
+    if json_file is not None:
+        json_file.write_text(json.dumps({"folder": str(out), "dropped": dropped}, indent=1) + "\n")
 
 
 def _print_dropped(source: str, dropped: list[str]) -> None:

@@ -71,7 +71,8 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
     raw = _section(folder, "text_config")
     if raw.get("model_type") != "qwen3":
         raise WeightsError(
-            f"{folder}/config.json has model_type {raw.get('model_type')!r}; --llm needs qwen3 (dense) or an export of ours"
+            f"{folder}/config.json has model_type {raw.get('model_type')!r}; --llm needs qwen3 (dense) or an "
+            "export of ours"
         )
     config = Qwen3Config.from_dict(raw)
     rope = config.rope_parameters if hasattr(config, "rope_parameters") else {"rope_theta": config.rope_theta}

@@ -28,8 +28,8 @@ def whole_or_nothing(folder: Path, num_bytes: int) -> Iterator[None]:
         free = shutil.disk_usage(folder).free
         if free < num_bytes:
             raise DiskFullError(
-                f"{folder} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: make room or choose "
-                "another disk. Nothing was written."
+                f"{folder} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB left: make room or "
+                "choose another disk. Nothing was written."
             )
         yield
     except OSError as e:

@@ -1,4 +1,4 @@
-"""How far a long conversion is: a bar with bytes and remaining time on a terminal, a log line now and then elsewhere."""
+"""How far a conversion is: a bar with bytes and remaining time on a terminal, a log line now and then elsewhere."""
 
 import time
 from types import TracebackType

@@ -109,7 +109,7 @@ class SafetensorsFolder:
         value = torch.empty((rows - start, *stored.shape[1:]), dtype=dtype)
         row_bytes = math.prod(stored.shape[1:]) * dtype.itemsize
         stored.file.seek(stored.start + start * row_bytes)
-        view = memoryview(value.view(-1).view(torch.uint8).numpy())
+        view = value.view(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(view):
             count = stored.file.readinto(view[done:])
@@ -202,7 +202,7 @@ class SafetensorsWriter:
         del self._left[name]
         file, start = self._where[name]
         file.seek(start)
-        _write_all(file, memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
+        _write_all(file, value.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
