@@ -108,8 +108,9 @@ def _refusing(path: Path, part: str = "") -> Iterator[None]:
     except FileNotFoundError as e:
         raise CheckpointError(f"{where} is missing: the checkpoint is incomplete, use another one") from e
     except Exception as e:  # a pickle may raise anything
-        first_line = str(e).partition("\n")[0]
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        reason = next((line for line in lines if "GLOBAL" in line), lines[0])  # torch.load's verdict
         raise CheckpointError(
-            f"{where} is not read: {first_line or type(e).__name__}. The checkpoint is damaged, or was made to run "
+            f"{where} is not read: {reason.rstrip('.')}. The checkpoint is damaged, or was made to run "
             "code on whoever reads it: use one from a source that you trust."
         ) from e

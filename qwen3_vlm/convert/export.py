@@ -272,8 +272,9 @@ def _card(model: _Model, name: str) -> hf_folder.Card:
     if manifest.step:
         train, optim = manifest.config["train"], manifest.config["optim"]
         rows = f"{train['global_batch_size']} rows of {train['seq_length']} tokens"
+        samples = manifest.progress["samples"]
         recipe.append(
-            f"{', '.join(train['trainable'])}: {manifest.step} steps of {rows} ({manifest.progress['samples']} samples), "
+            f"{', '.join(train['trainable'])}: {manifest.step} steps of {rows} ({samples} samples), "
             f"learning rate {optim['lr']:g}, {manifest.config['precision']['name']}"
         )
         data.append(Path(manifest.config["data"]["path"]).name)

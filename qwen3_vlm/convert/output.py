@@ -32,14 +32,21 @@ def whole_or_nothing(folder: Path, num_bytes: int) -> Iterator[None]:
                 "choose another disk. Nothing was written."
             )
         yield
-    except OSError as e:
+    except BaseException as e:
         shutil.rmtree(folder, ignore_errors=True)
-        if e.errno not in _FULL:
+        full = _disk_full(e)
+        if full is None:
             raise
         raise DiskFullError(
-            f"writing {folder} ({num_bytes / 1e9:.1f} GB) failed: {e.strerror}. What was written is removed; make room "
-            "or choose another disk."
+            f"writing {folder} ({num_bytes / 1e9:.1f} GB) failed: {full.strerror}. What was written is removed; make "
+            "room or choose another disk."
         ) from e
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+
+
+def _disk_full(error: BaseException | None) -> OSError | None:
+    """The disk's error behind what was raised: torch.save answers it with a RuntimeError of its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
