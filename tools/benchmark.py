@@ -45,9 +45,6 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 1234,
 ) -> None:
     """Time and peak memory of import and export, and whether every bit came through."""
-    from qwen3_vlm.parallel.backend import select_backend
-
-    select_backend()
     with tempfile.TemporaryDirectory(dir=scratch, prefix="convert_benchmark_") as name:
         result = _convert(Path(name), model, modality, seed)
     out.write_text(json.dumps(result, indent=1) + "\n")

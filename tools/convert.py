@@ -6,11 +6,13 @@ python tools/convert.py import --llm HF_DIR --vision HF_DIR --out CKPT      goes
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages, less time in page faults of large tensors
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
 
@@ -39,9 +41,6 @@ def import_(
     With a Qwen3 and a SigLIP folder, resampler and projector are fresh. With one of our own exports as both, everything
     comes from it.
     """
-    from qwen3_vlm.parallel.backend import select_backend
-
-    select_backend()
     from qwen3_vlm.convert.architecture import architecture_of
     from qwen3_vlm.convert.hf import import_hf
 
@@ -65,9 +64,6 @@ def export(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write what was done here.")] = None,
 ) -> None:
     """A checkpoint -> a folder for transformers: AutoModelForImageTextToText, or AutoModelForCausalLM (--part llm)."""
-    from qwen3_vlm.parallel.backend import select_backend
-
-    select_backend()
     from qwen3_vlm.convert.export import Part, export_hf
 
     dropped = export_hf(checkpoint=checkpoint, out=out, part=Part(part), max_shard_bytes=int(max_shard_gb * 10**9))

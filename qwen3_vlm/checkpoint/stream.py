@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from qwen3_vlm.checkpoint import trusted
+from qwen3_vlm.checkpoint.uncached import UncachedFileSystem
 from qwen3_vlm.errors import CheckpointError
 
 
@@ -60,6 +61,10 @@ class Chunk:
 
 
 class _Writer(FileSystemWriter):
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.fs = UncachedFileSystem()
+
     def storage_meta(self) -> StorageMeta:
         """Without the path of the folder, which says nothing on another machine."""
         return StorageMeta(save_id=self.save_id)
@@ -134,6 +139,7 @@ class StateReader:
         self.directory = directory
         metadata = trusted.read_metadata(directory)
         self._reader = FileSystemReader(directory)
+        self._reader.fs = UncachedFileSystem()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
             name: stored

@@ -13,7 +13,6 @@ from torch import Tensor
 from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig, SiglipEncoderConfig
 from qwen3_vlm.convert import transforms
 from qwen3_vlm.convert.connector import connector_shapes
-from qwen3_vlm.model.megatron_config import num_built_layers
 
 LANGUAGE_MODEL = "language_model."
 EXPORTED_DECODER, EXPORTED_TOWER = "model.language_model.", "model.vision_tower."
@@ -122,7 +121,7 @@ def decoder_entries(decoder: DecoderConfig) -> list[Entry]:
 
 def siglip_unbuilt(encoder: SiglipEncoderConfig) -> tuple[str, ...]:
     """Prefixes of Hugging Face tensors behind the layer whose output is taken: they are never computed."""
-    layers = tuple(f"encoder.layers.{i}." for i in range(num_built_layers(encoder), encoder.num_layers))
+    layers = tuple(f"encoder.layers.{i}." for i in range(encoder.num_built_layers, encoder.num_layers))
     return layers if encoder.feature_layer == -1 else (*layers, "post_layernorm.")
 
 
@@ -137,7 +136,7 @@ def siglip_entries(encoder: SiglipEncoderConfig, tower: str) -> list[Entry]:
     patches = (encoder.image_size // encoder.patch_size) ** 2
     prefix = f"{tower}encoder."
     stack, hf = f"{prefix}block.layers.", "encoder.layers.{i}."
-    built = num_built_layers(encoder)
+    built = encoder.num_built_layers
     entries = [
         Entry(
             ours=f"{prefix}patch_embedding.weight",

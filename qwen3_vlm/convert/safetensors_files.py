@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import FileIO
 from os import fsync
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qwen3_vlm.checkpoint.uncached import UncachedFile
 from qwen3_vlm.errors import WeightsError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -32,7 +32,7 @@ _HEADER_SIZE_BYTES = 8
 class _Stored:
     """Where one tensor lies."""
 
-    file: FileIO
+    file: UncachedFile
     start: int
     """First byte, counted from the start of the file."""
     dtype: str
@@ -126,7 +126,7 @@ def _read_header(path: Path) -> dict[str, _Stored]:
             pass
     except SafetensorError as e:
         raise WeightsError(f"{path} is no safetensors file or was cut short ({e}): fetch it again") from e
-    file = FileIO(path)
+    file = UncachedFile(path)
     size = int.from_bytes(file.read(_HEADER_SIZE_BYTES), "little")
     header = json.loads(file.read(size))
     header.pop("__metadata__", None)
@@ -171,7 +171,7 @@ class SafetensorsWriter:
             {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()},
             max_shard_size=max_shard_bytes,
         )
-        self._where: dict[str, tuple[FileIO, int]] = {}
+        self._where: dict[str, tuple[UncachedFile, int]] = {}
         for file, names in shards.filename_to_tensors.items():
             self._start_file(file, names)
         self._index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -189,8 +189,8 @@ class SafetensorsWriter:
             header[tensor] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": offsets}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % _HEADER_SIZE_BYTES)
-        file = FileIO(self._folder / name, "w")
-        _write_all(file, memoryview(len(text).to_bytes(_HEADER_SIZE_BYTES, "little") + text))
+        file = UncachedFile(self._folder / name, "w")
+        file.write(len(text).to_bytes(_HEADER_SIZE_BYTES, "little") + text)
         data = _HEADER_SIZE_BYTES + len(text)
         self._where |= {tensor: (file, data + start) for tensor, start in starts.items()}
 
@@ -202,7 +202,7 @@ class SafetensorsWriter:
         del self._left[name]
         file, start = self._where[name]
         file.seek(start)
-        _write_all(file, value.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.write(value.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -220,10 +220,3 @@ class SafetensorsWriter:
                 (self._folder / INDEX).write_text(json.dumps(self._index, indent=2) + "\n")
         for file in files:
             file.close()
-
-
-def _write_all(file: FileIO, data: memoryview) -> None:
-    """Write every byte: one call writes 2 GiB at most on Linux."""
-    done = 0
-    while done < len(data):
-        done += file.write(data[done:])
