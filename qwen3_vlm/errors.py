@@ -35,5 +35,9 @@ class WeightsError(Qwen3VLMError):
     """Weights of a Hugging Face folder do not fit: unused, missing or misshapen tensors."""
 
 
+class DiskFullError(Qwen3VLMError):
+    """There is no room for what is to be written."""
+
+
 class TrainingError(Qwen3VLMError):
     """A run cannot go on: the numbers are broken."""

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from qwen3_vlm.checkpoint import layout
+from qwen3_vlm.checkpoint.stream import StateReader
 from qwen3_vlm.errors import CheckpointError
 
 TIMES = ("step_time_s", "tokens_per_s", "images_per_s", "tflops_per_gpu", "mfu")
@@ -101,26 +99,19 @@ def tensor_differences(a: Path, b: Path, tolerance: float) -> list[TensorDiffere
 
     Returns:
         What differs, in the order of names; the layers of a stack one by one.
+
+    Raises:
+        CheckpointError: a folder is incomplete, or its pickles could run code.
     """
-    readers = [dcp.FileSystemReader(p) for p in (a, b)]
-    stored = [
-        {k: v for k, v in r.read_metadata().state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-        for r in readers
-    ]
+    readers = StateReader(a), StateReader(b)
+    names = [reader.names() for reader in readers]
     found = []
-    for name in sorted(stored[0].keys() | stored[1].keys()):
-        if name not in stored[0] or name not in stored[1] or stored[0][name].size != stored[1][name].size:
+    for name in sorted(names[0] | names[1]):
+        if any(name not in held for held in names) or readers[0].shape(name) != readers[1].shape(name):
             found.append(TensorDifference(name=name, largest=float("inf"), relative=float("inf")))
             continue
-        tensors = [_read(r, name, s[name]) for r, s in zip(readers, stored, strict=True)]
-        found += [d for d in _compare(name, *tensors) if d.relative > tolerance]
+        found += [d for d in _compare(name, *(r.read(name) for r in readers)) if d.relative > tolerance]
     return found
-
-
-def _read(reader: dcp.FileSystemReader, name: str, stored: TensorStorageMetadata) -> Tensor:
-    state = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state[name]
 
 
 def _compare(name: str, a: Tensor, b: Tensor) -> Iterator[TensorDifference]:

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from qwen3_vlm.checkpoint import trusted
 from qwen3_vlm.errors import CheckpointError
 from qwen3_vlm.model.vlm import VLM
 
@@ -138,8 +139,9 @@ def _load(state: dict[str, Any], directory: Path) -> tuple[dict[str, Any], set[s
     """Load what `state` names; returns it, and the names that the checkpoint holds beyond it.
 
     Raises:
-        CheckpointError: the checkpoint lacks a name that is asked for.
+        CheckpointError: the checkpoint lacks a name that is asked for, or its pickles could run code.
     """
+    trusted.check(directory)
     # megatron-core's words are seen from the checkpoint: "missing" from the request, "unexpected" in it.
     loaded, not_requested, absent = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RETURN_ALL)
     if absent:

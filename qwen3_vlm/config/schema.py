@@ -66,7 +66,14 @@ class SiglipEncoderConfig:
     """Mean a channel of pixels in [0, 1], from preprocessor_config.json."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+    @property
+    def num_built_layers(self) -> int:
+        """Layers that are built: those behind the one whose output is taken are not."""
+        return self.num_layers + 1 + self.feature_layer
 
+
+LATENT_INIT_STD = 0.02
+"""Standard deviation of the resampler's learned latents at the start (DESIGN: normal 0.02)."""
 ENCODERS: dict[str, type] = {"siglip": SiglipEncoderConfig}
 """Encoder kind -> its dataclass; a new modality adds a line here, in modality/registry.py and in model/tower.py."""
 

@@ -7,7 +7,12 @@ from typing import Any
 
 from qwen3_vlm.config.compose import compose, modality_from_dict, to_dict
 from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig
-from qwen3_vlm.convert.hf import read_decoder_config, read_encoder_config
+from qwen3_vlm.convert.folders import (
+    is_whole_export,
+    read_decoder_config,
+    read_encoder_config,
+    read_resampler_config,
+)
 from qwen3_vlm.errors import ConfigError
 
 IMAGE = "image"
@@ -19,7 +24,7 @@ def architecture_of(
     """Sizes of a whole VLM.
 
     Args:
-        llm, vision: Hugging Face folders.
+        llm, vision: Hugging Face folders; the same export of ours for both gives the connector too.
         overrides: `model=NAME` (checked against the folder) and `modality.image.<key>=value` for what the folders do
             not say.
 
@@ -48,8 +53,27 @@ def architecture_of(
         _check_same(to_dict(run.model), to_dict(decoder), selections[0], llm)
     encoder = read_encoder_config(vision)
     asked = run.modality[IMAGE]
-    modality = replace(asked, encoder=replace(encoder, feature_layer=asked.encoder.feature_layer))
+    if any(key.startswith(f"modality.{IMAGE}.encoder.feature_layer") for key in keys):
+        encoder = replace(encoder, feature_layer=asked.encoder.feature_layer)
+    modality = replace(asked, encoder=encoder)
+    if is_whole_export(llm, vision):
+        trained = replace(modality, encoder=read_encoder_config(vision), resampler=read_resampler_config(vision))
+        _check_connector(modality, trained, keys, vision)
+        modality = trained
     return decoder, modality_from_dict({IMAGE: to_dict(modality)})
+
+
+def _check_connector(asked: ModalityConfig, trained: ModalityConfig, keys: Sequence[str], folder: Path) -> None:
+    """What the command line says of a connector that comes trained must be what it is."""
+    for override in keys:
+        key = override.partition("=")[0]
+        part, field = key.removeprefix(f"modality.{IMAGE}.").split(".")
+        wanted, found = (to_dict(getattr(m, part))[field] for m in (asked, trained))
+        if wanted != found:
+            raise ConfigError(
+                f"{folder} holds a connector that was trained with {field} {found!r}; {override!r} disagrees. Leave it "
+                "out, or give a Qwen3 and a SigLIP folder for a fresh connector."
+            )
 
 
 def _check_same(asked: dict[str, Any], found: dict[str, Any], selection: str, folder: Path) -> None:

@@ -10,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig
-from qwen3_vlm.model.resampler import LATENT_INIT_STD
+from qwen3_vlm.config.schema import LATENT_INIT_STD, DecoderConfig, ModalityConfig
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -1,173 +1,38 @@
 """import_hf: Hugging Face folders -> a checkpoint that loads at any layout. Executes no code from the folders.
 
-Flow: read the two config.json -> sizes; list what the mapping needs and what the folders hold (an unused or missing
-tensor is an error); read, rearrange and write tensor by tensor; add a seeded resampler and projector, tokenizer and
-image processor.
+Flow: list what the mapping needs and what the folders hold (an unused, missing or misshapen tensor is an error, before
+anything is written); then read, rearrange and write block by block, so that memory holds one layer's tensor at most;
+add a seeded resampler and projector (or those of our own export), tokenizer and image processor.
 """
 
-import json
-import shutil
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from megatron.core.dist_checkpointing import ShardedTensor
-from safetensors import safe_open
+import torch
 from torch import Tensor
-from transformers import Qwen3Config, SiglipVisionConfig
 
-from qwen3_vlm.checkpoint import layout, sharded
+from qwen3_vlm.checkpoint import layout
+from qwen3_vlm.checkpoint.stream import Chunk, write_state
 from qwen3_vlm.config.compose import to_dict
-from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig, Resample, SiglipEncoderConfig
+from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig
+from qwen3_vlm.convert import mapping
 from qwen3_vlm.convert.connector import fresh_connector
-from qwen3_vlm.convert.mapping import Entry, decoder_entries, siglip_entries, siglip_unbuilt
+from qwen3_vlm.convert.folders import copy_processor_files, is_export, is_whole_export
+from qwen3_vlm.convert.mapping import Entry
+from qwen3_vlm.convert.output import whole_or_nothing
+from qwen3_vlm.convert.progress import ByteProgress
+from qwen3_vlm.convert.safetensors_files import SafetensorsFolder
 from qwen3_vlm.errors import WeightsError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 VISION_PREFIX = "vision_model."
 SIGLIP_DROPPED = ("head.", "text_model.", "logit_scale", "logit_bias")
 """Parts of a SigLIP model that this model does not use: pooling head, text tower, contrastive scale and bias."""
-PIL_RESAMPLE = {2: Resample.bilinear, 3: Resample.bicubic}
-"""PIL.Image.Resampling codes that preprocessor_config.json may name."""
-
-
-class SafetensorsFolder:
-    """Tensors of a Hugging Face folder by name, sharded or single file.
-
-    Raises:
-        WeightsError: there are no safetensors, or an index names a file that is missing.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(_read_json(index)["weight_map"].values()))
-        else:
-            files = sorted(p.name for p in folder.glob("*.safetensors"))
-        missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
-        if missing or not files:
-            raise WeightsError(
-                f"{folder}: expected model.safetensors, or model.safetensors.index.json with all its files; "
-                f"missing: {missing or 'all'}. Pickled weights (.bin) are not read: convert them to safetensors first."
-            )
-        self._open = [safe_open(folder / name, framework="pt") for name in files]
-        self._where = {name: f for f in self._open for name in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, without reading it."""
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        """One tensor."""
-        return self._where[name].get_tensor(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise WeightsError(f"{path} is missing: give the folder of a Hugging Face model")
-    try:
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} does not hold a JSON object")
-    return value
-
-
-def read_decoder_config(folder: Path) -> DecoderConfig:
-    """Sizes of a Qwen3 dense model from its config.json.
-
-    Raises:
-        WeightsError: another architecture, or a variant of Qwen3 that this decoder does not compute.
-    """
-    raw = _read_json(folder / "config.json")
-    if raw.get("model_type") != "qwen3":
-        raise WeightsError(f"{folder}/config.json has model_type {raw.get('model_type')!r}; --llm needs qwen3 (dense)")
-    config = Qwen3Config.from_dict(raw)
-    rope = config.rope_parameters if hasattr(config, "rope_parameters") else {"rope_theta": config.rope_theta}
-    unsupported = {
-        "attention_bias": config.attention_bias,
-        "use_sliding_window": config.use_sliding_window,
-        "hidden_act": config.hidden_act != "silu" and config.hidden_act,
-        "rope_type": rope.get("rope_type", "default") != "default" and rope["rope_type"],
-        "rope_scaling": raw.get("rope_scaling"),
-    }
-    found = {k: v for k, v in unsupported.items() if v}
-    if found:
-        raise WeightsError(f"{folder}/config.json asks for {found}, which this decoder does not compute")
-    return DecoderConfig(
-        name=folder.resolve().name,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_theta=float(rope["rope_theta"]),
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
-
-
-def read_encoder_config(folder: Path) -> SiglipEncoderConfig:
-    """Sizes and image preparation of a SigLIP tower from config.json and preprocessor_config.json.
-
-    Raises:
-        WeightsError: another architecture, or an image preparation that the tower's data path does not do.
-    """
-    raw = _read_json(folder / "config.json")
-    if raw.get("model_type") not in ("siglip", "siglip_vision_model"):
-        raise WeightsError(
-            f"{folder}/config.json has model_type {raw.get('model_type')!r}; --vision needs siglip or "
-            "siglip_vision_model (SigLIP2's fixed-resolution models are of these types too)"
-        )
-    config = SiglipVisionConfig.from_dict(raw.get("vision_config", raw))
-    if config.hidden_act != "gelu_pytorch_tanh":
-        raise WeightsError(f"{folder}: hidden_act {config.hidden_act!r}, expected gelu_pytorch_tanh")
-    processor = _read_json(folder / IMAGE_PROCESSOR_FILE)
-    expected: dict[str, Any] = {
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-        "size": {"height": config.image_size, "width": config.image_size},
-    }
-    other = {key: processor[key] for key, value in expected.items() if processor.get(key, value) != value}
-    resample = processor.get("resample", 3)
-    if other or resample not in PIL_RESAMPLE:
-        raise WeightsError(
-            f"{folder}/{IMAGE_PROCESSOR_FILE} asks for {other or {'resample': resample}}, which the data path does not "
-            f"do; expected { {key: expected[key] for key in other} or f'resample one of {sorted(PIL_RESAMPLE)}' }"
-        )
-    mean, std = (processor.get(key, [0.5, 0.5, 0.5]) for key in ("image_mean", "image_std"))
-    return SiglipEncoderConfig(
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=config.num_attention_heads,
-        layer_norm_eps=config.layer_norm_eps,
-        resample=PIL_RESAMPLE[resample],
-        image_mean=tuple(mean),
-        image_std=tuple(std),
-    )
+BLOCK_BYTES = 256 * 2**20
+"""A tensor outside the layer stacks (the embedding: 1.2 GB in the 8B) is stored in blocks of rows of about this size:
+neither the import nor a rank that loads its share of it ever needs the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +46,15 @@ class Source:
     dropped: list[str]
     """What the folder holds and this model does not use, by design."""
 
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Dtype of a checkpoint tensor: that of the tensors which it is made of."""
+        layer = entry.layers()[0]
+        return self.tensors.dtype(self.names[entry.their_names(layer)[0]])
+
+    def read(self, entry: Entry, layer: int | None) -> Tensor:
+        """One layer of a checkpoint tensor."""
+        return entry.to_ours([self.tensors.read(self.names[name]) for name in entry.their_names(layer)])
+
 
 def match_source(folder: Path, entries: list[Entry], *, droppable: Sequence[str]) -> Source:
     """Match a folder with the table before anything is read or written.
@@ -191,7 +65,7 @@ def match_source(folder: Path, entries: list[Entry], *, droppable: Sequence[str]
         droppable: prefixes of names (without `vision_model.`) that are left out by design.
 
     Raises:
-        WeightsError: a tensor is missing, unused, or of the wrong shape; each is named.
+        WeightsError: a tensor is missing, unused, of the wrong shape or of a dtype that does not fit; each is named.
     """
     tensors = SafetensorsFolder(folder)
     held = {name.removeprefix(VISION_PREFIX): name for name in sorted(tensors.names())}
@@ -206,48 +80,100 @@ def match_source(folder: Path, entries: list[Entry], *, droppable: Sequence[str]
             "The folder must hold exactly the architecture that its config.json describes."
         )
     for e in entries:
+        names = [held[name] for layer in e.layers() for name in e.their_names(layer)]
+        dtypes = {name: tensors.dtype(name) for name in names}
+        other = next((name for name in names if dtypes[name] != dtypes[names[0]]), None)
+        if other is not None:
+            raise WeightsError(
+                f"{folder}: {other} is {dtypes[other]} and {names[0]} is {dtypes[names[0]]}; both become {e.ours}, "
+                "which has one dtype"
+            )
         for layer in e.layers():
             _check_shape(folder, e, [tensors.shape(held[name]) for name in e.their_names(layer)], layer)
     return Source(tensors=tensors, entries=entries, names={n: held[n] for n in wanted}, dropped=dropped)
 
 
 def _check_shape(folder: Path, entry: Entry, shapes: list[tuple[int, ...]], layer: int | None) -> None:
-    """Rows add up to ours, all further dimensions are equal."""
-    rows = sum(s[0] for s in shapes)
-    if (rows, *shapes[0][1:]) != entry.shape or any(s[1:] != entry.shape[1:] for s in shapes):
+    """Each tensor has the shape that the inverse transform gives it."""
+    expected = [tuple(t.shape) for t in entry.to_theirs(torch.empty(entry.shape, device="meta"))]
+    if shapes != expected:
         raise WeightsError(
-            f"{folder}: {entry.their_names(layer)} have shapes {shapes}, which do not make {entry.shape} "
-            f"({entry.ours}): config.json and weights disagree"
+            f"{folder}: {entry.their_names(layer)} have shapes {shapes}, expected {expected} ({entry.ours} "
+            f"{entry.shape}): config.json and weights disagree"
         )
 
 
-def _sharded(source: Source) -> Iterator[ShardedTensor]:
-    """The folder's tensors under the checkpoint's names, one layer at a time."""
+def _chunks(source: Source) -> Iterator[Chunk]:
+    """The folder's tensors under the checkpoint's names: layer by layer, or in blocks of rows outside the stacks."""
     for entry in source.entries:
-        for layer in entry.layers():
-            value = entry.to_ours([source.tensors.read(source.names[name]) for name in entry.their_names(layer)])
-            yield _whole_tensor(entry.ours, value.contiguous(), layer, entry.num_layers)
+        if entry.num_layers is None and len(entry.theirs) == 1:
+            yield from _blocks(source, entry)
+        else:
+            yield from (_layer_chunk(source, entry, layer) for layer in entry.layers())
 
 
-def _whole_tensor(key: str, value: Tensor, layer: int | None = None, num_layers: int | None = None) -> ShardedTensor:
-    if layer is None:
-        return ShardedTensor.from_rank_offsets(key, value)
-    return ShardedTensor.from_rank_offsets(key, value, (0, layer, num_layers), prepend_axis_num=1)
+def _layer_chunk(source: Source, entry: Entry, layer: int | None) -> Chunk:
+    stack = () if entry.num_layers is None else (entry.num_layers,)
+    return Chunk(
+        key=entry.ours,
+        global_shape=(*stack, *entry.shape),
+        offset=(*(() if layer is None else (layer,)), *[0] * len(entry.shape)),
+        shape=(*[1] * len(stack), *entry.shape),
+        dtype=source.dtype(entry),
+        read=lambda: source.read(entry, layer),
+    )
 
 
-def copy_processor_files(llm: Path, vision: Path, target: Path) -> None:
-    """Tokenizer files of the decoder and the image processor of the tower; only files of known names.
+def _blocks(source: Source, entry: Entry) -> Iterator[Chunk]:
+    name, dtype = source.names[entry.theirs[0]], source.dtype(entry)
+    rows = max(1, BLOCK_BYTES // (math.prod(entry.shape[1:]) * dtype.itemsize))
+    for start in range(0, entry.shape[0], rows):
+        stop = min(start + rows, entry.shape[0])
+        yield Chunk(
+            key=entry.ours,
+            global_shape=entry.shape,
+            offset=(start, *[0] * (len(entry.shape) - 1)),
+            shape=(stop - start, *entry.shape[1:]),
+            dtype=dtype,
+            read=partial(source.tensors.read, name, start, stop),
+        )
 
-    Raises:
-        WeightsError: tokenizer.json is missing.
-    """
-    if not (llm / "tokenizer.json").is_file():
-        raise WeightsError(f"{llm}/tokenizer.json is missing: the checkpoint needs the decoder's fast tokenizer")
-    target.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (llm / name).is_file():
-            shutil.copyfile(llm / name, target / name)
-    shutil.copyfile(vision / IMAGE_PROCESSOR_FILE, target / IMAGE_PROCESSOR_FILE)
+
+def _fresh_chunks(connector: Mapping[str, Tensor]) -> list[Chunk]:
+    return [
+        Chunk(
+            key=key,
+            global_shape=tuple(value.shape),
+            offset=(0,) * value.dim(),
+            shape=tuple(value.shape),
+            dtype=value.dtype,
+            read=partial(torch.Tensor.detach, value),
+        )
+        for key, value in connector.items()
+    ]
+
+
+def _decoder_source(llm: Path, decoder: DecoderConfig) -> Source:
+    tied_head = (mapping.LM_HEAD,) if decoder.tie_word_embeddings else ()
+    if is_export(llm):
+        others = (mapping.EXPORTED_TOWER, *mapping.EXPORTED_CONNECTOR)
+        return match_source(llm, mapping.exported_decoder_entries(decoder), droppable=(*tied_head, *others))
+    return match_source(llm, mapping.decoder_entries(decoder), droppable=tied_head)
+
+
+def _tower_source(vision: Path, modality: ModalityConfig, tower: str) -> Source:
+    unbuilt = mapping.siglip_unbuilt(modality.encoder)
+    if is_export(vision):
+        others = (mapping.EXPORTED_DECODER, mapping.LM_HEAD, *mapping.EXPORTED_CONNECTOR)
+        droppable = (*others, *(mapping.EXPORTED_TOWER + name for name in unbuilt))
+        return match_source(vision, mapping.exported_tower_entries(modality.encoder, tower), droppable=droppable)
+    return match_source(vision, mapping.siglip_entries(modality.encoder, tower), droppable=(*SIGLIP_DROPPED, *unbuilt))
+
+
+def _whole_source(export: Path, decoder: DecoderConfig, modality: ModalityConfig, tower: str) -> Source:
+    entries = mapping.exported_decoder_entries(decoder) + mapping.exported_tower_entries(modality.encoder, tower)
+    entries += mapping.exported_connector_entries(modality, decoder, tower)
+    return match_source(export, entries, droppable=())
 
 
 def import_hf(
@@ -259,14 +185,15 @@ def import_hf(
     modalities: Mapping[str, ModalityConfig],
     seed: int,
 ) -> dict[str, list[str]]:
-    """Write a whole VLM as a checkpoint; one process.
+    """Write a whole VLM as a checkpoint; one process, no process group.
 
     Args:
-        llm: Qwen3 folder (config.json, safetensors, tokenizer).
-        vision: SigLIP folder (config.json, safetensors, preprocessor_config.json).
+        llm: Qwen3 folder (config.json, safetensors, tokenizer), or an export of ours.
+        vision: SigLIP folder (config.json, safetensors, preprocessor_config.json), or an export of ours. The same
+            export for both: its resampler and projector are taken, too.
         out: the checkpoint; must not exist or hold an interrupted import.
-        decoder: from `read_decoder_config`.
-        modalities: {"image": ...} with the encoder from `read_encoder_config`.
+        decoder: from `architecture_of`.
+        modalities: {"image": ...} from `architecture_of`.
         seed: of the fresh resampler and projector.
 
     Returns:
@@ -275,22 +202,24 @@ def import_hf(
     Raises:
         WeightsError: the folders do not fit their config.json.
         CheckpointError: `out` is taken.
+        DiskFullError: there is no room for the checkpoint; what was written is removed.
     """
-    tied_head = ("lm_head.weight",) if decoder.tie_word_embeddings else ()
-    sources = {str(llm): match_source(llm, decoder_entries(decoder), droppable=tied_head)}
-    # Any tensor would do for the dtype; the last norm is small and always there.
-    dtype = sources[str(llm)].tensors.read("model.norm.weight").dtype
-    connectors: dict[str, Tensor] = {}
-    for name, modality in modalities.items():
-        tower = f"towers.{name}."
-        droppable = (*SIGLIP_DROPPED, *siglip_unbuilt(modality.encoder))
-        sources[str(vision)] = match_source(vision, siglip_entries(modality.encoder, tower), droppable=droppable)
-        connectors |= fresh_connector(modality, decoder, tower, seed=seed, dtype=dtype)
+    ((name, modality),) = modalities.items()
+    tower = f"towers.{name}."
+    connector: dict[str, Tensor] = {}
+    if is_whole_export(llm, vision):
+        sources = {str(llm): _whole_source(llm, decoder, modality, tower)}
+    else:
+        sources = {str(llm): _decoder_source(llm, decoder)}
+        dtype = sources[str(llm)].dtype(sources[str(llm)].entries[0])
+        sources[str(vision)] = _tower_source(vision, modality, tower)
+        connector = fresh_connector(modality, decoder, tower, seed=seed, dtype=dtype)
+    chunks = [chunk for source in sources.values() for chunk in _chunks(source)] + _fresh_chunks(connector)
+    total = sum(chunk.num_bytes for chunk in chunks)
     layout.start(out)
-    copy_processor_files(llm, vision, out / layout.PROCESSOR)
-    tensors = [shard for source in sources.values() for shard in _sharded(source)]
-    tensors += [_whole_tensor(key, value) for key, value in connectors.items()]
-    sharded.save_tensors({f"{t.key}@{t.global_offset}": t for t in tensors}, out / layout.STATE)
-    config = {"model": to_dict(decoder), "modality": to_dict(modalities)}
-    layout.write_manifest(out, layout.Manifest(step=0, config=config, progress={}))
+    with whole_or_nothing(out, total), ByteProgress("import", total) as progress:
+        copy_processor_files(llm, vision, out / layout.PROCESSOR)
+        write_state(chunks, out / layout.STATE, progress.add)
+        config = {"model": to_dict(decoder), "modality": to_dict(modalities)}
+        layout.write_manifest(out, layout.Manifest(step=0, config=config, progress={}))
     return {folder: source.dropped for folder, source in sources.items()}

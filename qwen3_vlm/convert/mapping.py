@@ -6,15 +6,18 @@ TransformerEngine's fused layers, which megatron-core's local layers map themsel
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from qwen3_vlm.config.schema import DecoderConfig, SiglipEncoderConfig
+from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig, SiglipEncoderConfig
 from qwen3_vlm.convert import transforms
-from qwen3_vlm.model.megatron_config import num_built_layers
+from qwen3_vlm.convert.connector import connector_shapes
 
 LANGUAGE_MODEL = "language_model."
+EXPORTED_DECODER, EXPORTED_TOWER = "model.language_model.", "model.vision_tower."
+EXPORTED_CONNECTOR = ("model.resampler.", "model.projector.")
+LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class Entry:
     """Of ours, one layer's."""
     num_layers: int | None = None
     """Length of the layer stack; None for a tensor outside it."""
+    padded: bool = False
+    """A run's checkpoint may hold more rows than `shape` says: the vocabulary is padded to a multiple of tp."""
     to_ours: Callable[[Sequence[Tensor]], Tensor] = lambda tensors: tensors[0]
     to_theirs: Callable[[Tensor], tuple[Tensor, ...]] = lambda tensor: (tensor,)
 
@@ -49,6 +54,7 @@ def decoder_entries(decoder: DecoderConfig) -> list[Entry]:
             ours=f"{LANGUAGE_MODEL}embedding.word_embeddings.weight",
             theirs=("model.embed_tokens.weight",),
             shape=(decoder.vocab_size, h),
+            padded=True,
         ),
         Entry(
             ours=f"{stack}self_attention.linear_qkv.layer_norm_weight",
@@ -104,7 +110,10 @@ def decoder_entries(decoder: DecoderConfig) -> list[Entry]:
     if not decoder.tie_word_embeddings:
         entries.append(
             Entry(
-                ours=f"{LANGUAGE_MODEL}output_layer.weight", theirs=("lm_head.weight",), shape=(decoder.vocab_size, h)
+                ours=f"{LANGUAGE_MODEL}output_layer.weight",
+                theirs=(LM_HEAD,),
+                shape=(decoder.vocab_size, h),
+                padded=True,
             )
         )
     return entries
@@ -112,7 +121,7 @@ def decoder_entries(decoder: DecoderConfig) -> list[Entry]:
 
 def siglip_unbuilt(encoder: SiglipEncoderConfig) -> tuple[str, ...]:
     """Prefixes of Hugging Face tensors behind the layer whose output is taken: they are never computed."""
-    layers = tuple(f"encoder.layers.{i}." for i in range(num_built_layers(encoder), encoder.num_layers))
+    layers = tuple(f"encoder.layers.{i}." for i in range(encoder.num_built_layers, encoder.num_layers))
     return layers if encoder.feature_layer == -1 else (*layers, "post_layernorm.")
 
 
@@ -127,7 +136,7 @@ def siglip_entries(encoder: SiglipEncoderConfig, tower: str) -> list[Entry]:
     patches = (encoder.image_size // encoder.patch_size) ** 2
     prefix = f"{tower}encoder."
     stack, hf = f"{prefix}block.layers.", "encoder.layers.{i}."
-    built = num_built_layers(encoder)
+    built = encoder.num_built_layers
     entries = [
         Entry(
             ours=f"{prefix}patch_embedding.weight",
@@ -162,3 +171,27 @@ def siglip_entries(encoder: SiglipEncoderConfig, tower: str) -> list[Entry]:
                 Entry(ours=f"{prefix}block.final_layernorm.{kind}", theirs=(f"post_layernorm.{kind}",), shape=(w,))
             )
     return entries
+
+
+def exported_decoder_entries(decoder: DecoderConfig) -> list[Entry]:
+    """The decoder in our own exports: `model.X` becomes `model.language_model.X`."""
+    return _renamed(
+        decoder_entries(decoder), lambda n: n if n == LM_HEAD else EXPORTED_DECODER + n.removeprefix("model.")
+    )
+
+
+def exported_tower_entries(encoder: SiglipEncoderConfig, tower: str) -> list[Entry]:
+    """The vision tower in our own exports."""
+    return _renamed(siglip_entries(encoder, tower), lambda n: EXPORTED_TOWER + n)
+
+
+def exported_connector_entries(modality: ModalityConfig, decoder: DecoderConfig, tower: str) -> list[Entry]:
+    """Resampler and projector in our own exports: names and values as they are."""
+    return [
+        Entry(ours=name, theirs=(f"model.{name.removeprefix(tower)}",), shape=shape)
+        for name, shape in connector_shapes(modality, decoder, tower).items()
+    ]
+
+
+def _renamed(entries: list[Entry], rename: Callable[[str], str]) -> list[Entry]:
+    return [replace(entry, theirs=tuple(map(rename, entry.theirs))) for entry in entries]

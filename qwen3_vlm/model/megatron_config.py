@@ -89,11 +89,6 @@ def decoder_transformer_config(
     )
 
 
-def num_built_layers(encoder: SiglipEncoderConfig) -> int:
-    """Layers of a tower that are built: those behind the one whose output is taken are not."""
-    return encoder.num_layers + 1 + encoder.feature_layer
-
-
 def encoder_transformer_config(
     encoder: SiglipEncoderConfig, parallel: ParallelConfig, precision: PrecisionConfig, backend: Backend
 ) -> TransformerConfig:
@@ -101,7 +96,7 @@ def encoder_transformer_config(
     return TransformerConfig(
         **_common(parallel, precision, backend)
         | {
-            "num_layers": num_built_layers(encoder),
+            "num_layers": encoder.num_built_layers,
             "hidden_size": encoder.hidden_size,
             "ffn_hidden_size": encoder.ffn_hidden_size,
             "num_attention_heads": encoder.num_attention_heads,

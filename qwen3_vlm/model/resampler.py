@@ -21,12 +21,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from qwen3_vlm.config.schema import LatentInit, ResamplerConfig
+from qwen3_vlm.config.schema import LATENT_INIT_STD, LatentInit, ResamplerConfig
 from qwen3_vlm.model.sharding import ShardedModuleList
 from qwen3_vlm.parallel.local_layers import LayerNorm, SdpaCoreAttention
-
-LATENT_INIT_STD = 0.02
-"""Standard deviation of the learned latents at the start (DESIGN: normal 0.02)."""
 
 
 def pooled_grid(num_tokens: int) -> tuple[int, int]:

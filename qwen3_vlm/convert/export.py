@@ -1,0 +1,292 @@
+"""export_hf: a checkpoint, whatever layout wrote it -> a Hugging Face folder. One tensor is in memory at a time.
+
+The whole model becomes a folder with its own code (qwen3_vlm/hf), or the decoder alone a plain Qwen3. The folder is
+written beside its place as OUT.partial and moved there in one step when it is complete.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from qwen3_vlm.checkpoint import layout
+from qwen3_vlm.checkpoint.stream import StateReader
+from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig, SiglipEncoderConfig
+from qwen3_vlm.convert import mapping
+from qwen3_vlm.convert.folders import PIL_RESAMPLE, TOKENIZER_FILES
+from qwen3_vlm.convert.mapping import LANGUAGE_MODEL, Entry
+from qwen3_vlm.convert.output import whole_or_nothing
+from qwen3_vlm.convert.progress import ByteProgress
+from qwen3_vlm.convert.safetensors_files import SafetensorsWriter, TensorSpec
+from qwen3_vlm.data.tokenizer import IM_END, PAD
+from qwen3_vlm.errors import CheckpointError, ConfigError
+from qwen3_vlm.hf import folder as hf_folder
+from qwen3_vlm.modality.registry import build_modalities
+
+IMAGE = "image"
+TOWER = f"towers.{IMAGE}."
+MODEL_PREFIXES = (LANGUAGE_MODEL, "towers.")
+"""Names of a checkpoint's model tensors; what else a run saves (optimizer) is no part of an export."""
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+class Part(Enum):
+    """What is exported."""
+
+    all = "all"
+    llm = "llm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What an export is made from."""
+
+    manifest: layout.Manifest
+    decoder: DecoderConfig
+    modality: ModalityConfig
+    state: StateReader
+    token_ids: dict[str, int]
+
+
+def export_hf(*, checkpoint: Path, out: Path, part: Part, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[str]:
+    """Write a checkpoint as a Hugging Face folder; one process, no process group.
+
+    Args:
+        checkpoint: CKPT.
+        out: the folder; must not exist, or be empty.
+        part: all (image-text-to-text, needs trust_remote_code) or llm (a plain Qwen3ForCausalLM).
+        max_shard_bytes: largest size of a safetensors file.
+
+    Returns:
+        Names of tensors in the checkpoint that are left out by design.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a tensor, holds one that has no place in the export, or one of another
+            shape; nothing is written.
+        ConfigError: `out` is taken, or the checkpoint's modalities have no transformers code.
+        DiskFullError: there is no room for the folder; what was written is removed.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty: choose another folder or remove it")
+    directory = layout.resolve(checkpoint)
+    model = _open(directory)
+    entries = _entries(model, part)
+    dropped = _match(model.state, entries, part)
+    specs = {name: spec for entry in _by_layer(entries) for name, spec in _specs(model.state, *entry)}
+    total = sum(spec.num_bytes for spec in specs.values())
+    partial = out.with_name(f"{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # of an export that was killed
+    partial.mkdir(parents=True)
+    with whole_or_nothing(partial, total), ByteProgress("export", total) as progress:
+        with SafetensorsWriter(partial, specs, max_shard_bytes) as writer:
+            for entry, layer in _by_layer(entries):
+                for name, value in zip(entry.their_names(layer), _theirs(model.state, entry, layer), strict=True):
+                    writer.write(name, value)
+                    progress.add(value.nbytes)
+        for name, text in _text_files(model, part, directory, out.name).items():
+            (partial / name).write_text(text)
+        partial.replace(out)
+    return dropped
+
+
+def _open(directory: Path) -> _Model:
+    architecture = layout.read_architecture(directory)
+    encoders = {name: type(modality.encoder) for name, modality in architecture.modality.items()}
+    if encoders != {IMAGE: SiglipEncoderConfig}:
+        kinds = {name: encoder.__name__ for name, encoder in encoders.items()}
+        raise ConfigError(f"{directory} has the modalities {kinds}; the exported code knows a SigLIP for images only")
+    placeholder = build_modalities(architecture.modality)[IMAGE].placeholder
+    tokenizer_file = directory / layout.PROCESSOR / "tokenizer.json"
+    if not tokenizer_file.is_file():
+        raise CheckpointError(f"{tokenizer_file} is missing: the checkpoint is incomplete, use another one")
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokens = (IM_END, PAD, placeholder.start, placeholder.pad, placeholder.end)
+    found = {token: tokenizer.token_to_id(token) for token in tokens}
+    ids = {token: number for token, number in found.items() if number is not None}
+    if len(ids) < len(found):
+        raise CheckpointError(f"{tokenizer_file} lacks {sorted(set(found) - set(ids))}: the prompt grammar needs them")
+    return _Model(
+        manifest=layout.read_manifest(directory),
+        decoder=architecture.model,
+        modality=architecture.modality[IMAGE],
+        state=StateReader(directory / layout.STATE),
+        token_ids=ids,
+    )
+
+
+def _entries(model: _Model, part: Part) -> list[Entry]:
+    if part is Part.llm:
+        return mapping.decoder_entries(model.decoder)
+    return [
+        *mapping.exported_decoder_entries(model.decoder),
+        *mapping.exported_tower_entries(model.modality.encoder, TOWER),
+        *mapping.exported_connector_entries(model.modality, model.decoder, TOWER),
+    ]
+
+
+def _match(state: StateReader, entries: list[Entry], part: Part) -> list[str]:
+    """Match the checkpoint with the table before anything is written; returns what is left out by design."""
+    wanted = {entry.ours for entry in entries}
+    held = state.names()
+    prefixes = MODEL_PREFIXES if part is Part.all else (LANGUAGE_MODEL,)
+    unused = sorted(name for name in held - wanted if name.startswith(prefixes))
+    missing = sorted(wanted - held)
+    if missing or unused:
+        raise CheckpointError(
+            f"{state.directory}: {len(missing)} tensors are missing {missing[:5]}, {len(unused)} have no place in the "
+            f"export {unused[:5]}. The state must hold the architecture that {layout.MANIFEST} describes."
+        )
+    for entry in entries:
+        stored = state.shape(entry.ours)
+        expected = entry.shape if entry.num_layers is None else (entry.num_layers, *entry.shape)
+        fits = stored == expected or (entry.padded and stored[0] > expected[0] and stored[1:] == expected[1:])
+        if not fits:
+            raise CheckpointError(
+                f"{state.directory}: {entry.ours} has shape {stored}, {layout.MANIFEST} describes {expected}: the "
+                "checkpoint is damaged, use another one"
+            )
+        if state.dtype(entry.ours) not in DTYPE_NAMES:
+            raise CheckpointError(
+                f"{state.directory}: {entry.ours} is {state.dtype(entry.ours)}; an export holds "
+                f"{', '.join(DTYPE_NAMES.values())}"
+            )
+    return sorted(held - wanted)
+
+
+def _by_layer(entries: list[Entry]) -> Iterator[tuple[Entry, int | None]]:
+    """(entry, layer) with a layer's tensors together: a shard then holds whole layers, for the most part."""
+    for stack in ("", *dict.fromkeys(_stack(entry) for entry in entries if entry.num_layers is not None)):
+        members = [entry for entry in entries if _stack(entry) == stack]
+        for layer in members[0].layers():
+            yield from ((entry, layer) for entry in members)
+
+
+def _stack(entry: Entry) -> str:
+    """Name of the layer stack that an entry belongs to; empty outside of them."""
+    return "" if entry.num_layers is None else entry.theirs[0].partition("{i}")[0]
+
+
+def _specs(state: StateReader, entry: Entry, layer: int | None) -> Iterator[tuple[str, TensorSpec]]:
+    dtype = state.dtype(entry.ours)
+    theirs = entry.to_theirs(torch.empty(entry.shape, device="meta"))
+    for name, value in zip(entry.their_names(layer), theirs, strict=True):
+        yield name, TensorSpec(shape=tuple(value.shape), dtype=dtype)
+
+
+def _theirs(state: StateReader, entry: Entry, layer: int | None) -> tuple[torch.Tensor, ...]:
+    if layer is None:
+        return entry.to_theirs(state.read(entry.ours, 0, entry.shape[0]))
+    return entry.to_theirs(state.read(entry.ours, layer, layer + 1)[0])
+
+
+def _text_files(model: _Model, part: Part, directory: Path, name: str) -> dict[str, str]:
+    """File name -> content; config.json last."""
+    spec = _folder_spec(model)
+    processor = directory / layout.PROCESSOR
+    files = {n: (processor / n).read_text() for n in TOKENIZER_FILES if (processor / n).is_file()}
+    files["tokenizer_config.json"] = hf_folder.tokenizer_config(files.get("tokenizer_config.json", "{}"))
+    if part is Part.all:
+        return files | hf_folder.text_files(spec, _card(model, name))
+    files |= {
+        hf_folder.CHAT_TEMPLATE: hf_folder.chat_template(),
+        "generation_config.json": hf_folder.generation_config(spec),
+    }
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "dtype": spec.dtype,
+        "torch_dtype": spec.dtype,  # its name before transformers 4.56
+        "eos_token_id": model.token_ids[IM_END],
+        "pad_token_id": model.token_ids[PAD],
+    }
+    return files | {"config.json": json.dumps(config | spec.text_config, indent=2) + "\n"}
+
+
+def decoder_config_json(decoder: DecoderConfig) -> dict[str, Any]:
+    """Sizes under the names of Qwen3's config.json; the inverse of `read_decoder_config`."""
+    return {
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.ffn_hidden_size,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_attention_heads,
+        "num_key_value_heads": decoder.num_query_groups,
+        "head_dim": decoder.head_dim,
+        "max_position_embeddings": decoder.max_position_embeddings,
+        "rope_theta": decoder.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": decoder.rms_norm_eps,
+        "tie_word_embeddings": decoder.tie_word_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_sliding_window": False,
+    }
+
+
+def vision_config_json(encoder: SiglipEncoderConfig) -> dict[str, Any]:
+    """Sizes under the names of SigLIP's config.json; the inverse of `read_encoder_config`."""
+    return {
+        "image_size": encoder.image_size,
+        "patch_size": encoder.patch_size,
+        "num_channels": 3,
+        "hidden_size": encoder.hidden_size,
+        "intermediate_size": encoder.ffn_hidden_size,
+        "num_hidden_layers": encoder.num_layers,
+        "num_attention_heads": encoder.num_attention_heads,
+        "layer_norm_eps": encoder.layer_norm_eps,
+        "hidden_act": "gelu_pytorch_tanh",
+        "attention_dropout": 0.0,
+    }
+
+
+def _folder_spec(model: _Model) -> hf_folder.FolderSpec:
+    encoder, resampler = model.modality.encoder, model.modality.resampler
+    return hf_folder.FolderSpec(
+        text_config=decoder_config_json(model.decoder),
+        vision_config=vision_config_json(encoder),
+        feature_layer=encoder.feature_layer,
+        num_tokens=resampler.num_tokens,
+        depth=resampler.depth,
+        latent_init=resampler.latent_init.value,
+        ffn_multiplier=resampler.ffn_multiplier,
+        image_mean=encoder.image_mean,
+        image_std=encoder.image_std,
+        resample={kind: code for code, kind in PIL_RESAMPLE.items()}[encoder.resample],
+        dtype=DTYPE_NAMES[model.state.dtype(f"{LANGUAGE_MODEL}decoder.final_layernorm.weight")],
+        token_ids=model.token_ids,
+    )
+
+
+def _card(model: _Model, name: str) -> hf_folder.Card:
+    """What the checkpoint itself records; paths are cut to their last part."""
+    manifest, encoder = model.manifest, model.modality.encoder
+    recipe, data = [], []
+    if manifest.step:
+        train, optim = manifest.config["train"], manifest.config["optim"]
+        rows = f"{train['global_batch_size']} rows of {train['seq_length']} tokens"
+        samples = manifest.progress["samples"]
+        recipe.append(
+            f"{', '.join(train['trainable'])}: {manifest.step} steps of {rows} ({samples} samples), "
+            f"learning rate {optim['lr']:g}, {manifest.config['precision']['name']}"
+        )
+        data.append(Path(manifest.config["data"]["path"]).name)
+    else:
+        recipe.append("none: an import")
+    patches = (encoder.image_size // encoder.patch_size) ** 2
+    return hf_folder.Card(
+        name=name,
+        license="other",
+        llm=model.decoder.name,
+        vision=f"a SigLIP tower ({encoder.num_layers} layers of width {encoder.hidden_size}, {patches} patches)",
+        recipe=recipe,
+        data=data,
+        checkpoint=f"step {manifest.step}, written by version {manifest.code_version}",
+    )
