@@ -3,6 +3,7 @@
 python tools/convert.py import --llm Qwen3-8B-Base --vision siglip2-so400m-patch14-384 --out CKPT [model=qwen3_8b]
 python tools/convert.py export --checkpoint CKPT --out HF_DIR [--part llm]
 python tools/convert.py import --llm HF_DIR --vision HF_DIR --out CKPT      goes on from an export
+python tools/convert.py verify --checkpoint CKPT --hf HF_DIR                under torchrun at any parallel= layout
 """
 
 import json
@@ -71,6 +72,30 @@ def export(
     print(f"wrote {out}")
     if json_file is not None:
         json_file.write_text(json.dumps({"folder": str(out), "dropped": dropped}, indent=1) + "\n")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Option(help="CKPT.")],
+    hf: Annotated[Path, typer.Option(help="An exported folder; or a Qwen3 folder, for the decoder alone.")],
+    tolerance: Annotated[float, typer.Option(help="Largest absolute difference of logits that passes.")] = 1e-4,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the findings here.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="parallel=tp2, ...; FP32 unless precision=...")] = None,
+) -> None:
+    """Compare both sides: all tensors bit by bit, logits for text, one image and several; exit code 1 if they differ.
+
+    Runs under torchrun at any layout.
+    """
+    from qwen3_vlm.eval import verify as verification
+
+    found = verification.verify(checkpoint=checkpoint, hf=hf, tolerance=tolerance, overrides=overrides or [])
+    if found is None:
+        return
+    print("\n".join(found.describe()))
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def _print_dropped(source: str, dropped: list[str]) -> None:

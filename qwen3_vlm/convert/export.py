@@ -23,7 +23,7 @@ from qwen3_vlm.convert.folders import PIL_RESAMPLE, TOKENIZER_FILES
 from qwen3_vlm.convert.mapping import LANGUAGE_MODEL, Entry
 from qwen3_vlm.convert.output import whole_or_nothing
 from qwen3_vlm.convert.progress import ByteProgress
-from qwen3_vlm.convert.safetensors_files import SafetensorsWriter, TensorSpec
+from qwen3_vlm.convert.safetensors_files import SafetensorsFolder, SafetensorsWriter, TensorSpec
 from qwen3_vlm.data.tokenizer import IM_END, PAD
 from qwen3_vlm.errors import CheckpointError, ConfigError
 from qwen3_vlm.hf import folder as hf_folder
@@ -95,6 +95,46 @@ def export_hf(*, checkpoint: Path, out: Path, part: Part, max_shard_bytes: int =
             (partial / name).write_text(text)
         partial.replace(out)
     return dropped
+
+
+def compare_tensors(*, checkpoint: Path, folder: Path, part: Part) -> tuple[int, list[str]]:
+    """Compare a checkpoint with an exported folder, one tensor at a time.
+
+    Args:
+        checkpoint: CKPT.
+        folder: an export, or (llm) any Qwen3 folder.
+        part: what the folder holds.
+
+    Returns:
+        How many tensors were compared; what differs: a tensor's name and, in words, how.
+
+    Raises:
+        CheckpointError, ConfigError: as `export_hf`.
+        WeightsError: the folder's files are damaged.
+    """
+    model = _open(layout.resolve(checkpoint))
+    entries = _entries(model, part)
+    _match(model.state, entries, part)
+    held = SafetensorsFolder(folder)
+    names = held.names()
+    different = []
+    compared = 0
+    for entry, layer in _by_layer(entries):
+        for name, value in zip(entry.their_names(layer), _theirs(model.state, entry, layer), strict=True):
+            compared += 1
+            if name not in names:
+                different.append(f"{name}: not in the folder")
+                continue
+            names.remove(name)
+            if held.shape(name) != tuple(value.shape) or held.dtype(name) != value.dtype:
+                found, expected = (held.dtype(name), held.shape(name)), (value.dtype, tuple(value.shape))
+                different.append(f"{name}: {found} in the folder, {expected} in the checkpoint")
+                continue
+            as_bytes = [t.contiguous().view(-1).view(torch.uint8) for t in (held.read(name), value)]
+            if not torch.equal(*as_bytes):
+                values = int((as_bytes[0] != as_bytes[1]).view(-1, value.element_size()).any(dim=1).sum())
+                different.append(f"{name}: {values} of {value.numel()} values")
+    return compared, different + [f"{name}: not in the checkpoint" for name in sorted(names)]
 
 
 def _open(directory: Path) -> _Model:
