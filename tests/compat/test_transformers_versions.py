@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_vlm.convert.export import Part, export_hf
 from qwen3_vlm.parallel.topology import Topology
 from tests.cases import PROMPTS, Case, jpeg_file
-from tests.hf_export import export_folder
 
 VERSIONS = ("4.57.*", "5.*")
 CASES = ("kv1_tied", "kv8_untied", "n20_learned_layer_2", "n9_pooled_layer_2")
@@ -41,7 +41,7 @@ def interpreters(folder: Path) -> list[str]:
 
 def write_expected(case: Case, out: Path, topology: Topology) -> None:
     """The export, and what the reference makes of the prompts."""
-    export_folder(case, out / "hf", topology)
+    export_hf(checkpoint=case.checkpoint, out=out / "hf", part=Part.all)
     shutil.copyfile(case.folder / "expected.pt", out / "expected.pt")
     reference = case.reference(topology)
     expected = {}

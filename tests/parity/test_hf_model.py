@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from qwen3_vlm.config.schema import ParallelConfig
+from qwen3_vlm.convert.export import Part, export_hf
 from qwen3_vlm.parallel.topology import Topology
 from tests.cases import PROMPTS, SPECS, TOLERANCE, Case, jpeg_file, prompt
-from tests.hf_export import export_folder
 
 GENERATED = 32
 GENERATING = ["kv1_tied", "kv8_untied", "n20_pooled", "n9_pooled_layer_2"]
@@ -32,7 +32,8 @@ def load(cases: dict[str, Case], topology: Topology, tmp_path_factory: pytest.Te
 
     @cache
     def loaded(name: str) -> SimpleNamespace:
-        path = export_folder(cases[name], root / name, topology)
+        path = root / name
+        export_hf(checkpoint=cases[name].checkpoint, out=path, part=Part.all)
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, trust_remote_code=True, output_loading_info=True
         )
