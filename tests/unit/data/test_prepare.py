@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qwen3_vlm.data.loader import RowLoader
-from qwen3_vlm.data.prepare import find_source, iter_rows, prepare_llava
+from qwen3_vlm.data.prepare import prepare_llava
+from qwen3_vlm.data.prepare.llava import find_source, iter_texts
 from qwen3_vlm.data.source import read_report, train_samples
 from qwen3_vlm.errors import DataError
 from tests.unit.data.cases import jpeg, read_pass
@@ -48,6 +49,7 @@ def planted() -> tuple[list[Any], dict[str, int]]:
         llava("u1", "y" * 5000 + ".jpg"),
         llava("z", "a.jpg") | {"image": 0},
         {"id": "e", "conversations": []},
+        llava("e2", gpt=" "),
         {"id": "f"},
         llava("g", {"path": "a.jpg"}),
         {"id": "h", "conversations": [{"from": "cat", "value": "miau"}]},
@@ -56,7 +58,7 @@ def planted() -> tuple[list[Any], dict[str, int]]:
     ]
     dropped = {
         "bad_row": 6,
-        "empty_conversation": 1,
+        "empty_conversation": 2,
         "missing_file": 1,
         "outside_root": 3,
         "placeholder_mismatch": 2,
@@ -120,7 +122,9 @@ def test_repeated_preparation_replaces_and_is_deterministic(tmp_path: Path, imag
     prepare_llava(source, images, out)
     assert sorted(path.name for path in out.iterdir()) == [
         "dataset.yaml",
+        "dropped.jsonl",
         "report.json",
+        "report.png",
         "train.jsonl",
         "train.jsonl.idx",
     ]
@@ -130,7 +134,7 @@ def test_killed_preparation_does_not_look_complete(tmp_path: Path, images: Path,
     source, out = tmp_path / "s.json", tmp_path / "out"
     source.write_text(json.dumps([llava("1")]))
     prepare_llava(source, images, out)
-    monkeypatch.setattr("qwen3_vlm.data.prepare._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("qwen3_vlm.data.prepare.run._publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare_llava(source, images, out)
     with pytest.raises(DataError, match=r"did not finish"):
@@ -160,14 +164,14 @@ def test_unusable_sources(tmp_path: Path, images: Path):
 def test_broken_json_lists(tmp_path: Path, text: str):
     (tmp_path / "s.json").write_text(text)
     with pytest.raises(DataError, match=r"s.json is not a JSON list"):
-        list(iter_rows(tmp_path / "s.json"))
+        list(iter_texts(tmp_path / "s.json"))
 
 
 @pytest.mark.parametrize("rows", [[], [1], [{"a": [1, "]"]}, None, "x,y"]])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_lists(tmp_path: Path, rows: list, indent: int | None):
     (tmp_path / "s.json").write_text("\n " + json.dumps(rows, indent=indent) + "\n")
-    assert list(iter_rows(tmp_path / "s.json")) == rows
+    assert [json.loads(text) for text in iter_texts(tmp_path / "s.json")] == rows
 
 
 def test_command_line(tmp_path: Path, images: Path):
