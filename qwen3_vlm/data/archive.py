@@ -145,6 +145,8 @@ def _check_entry(entry: zipfile.ZipInfo) -> None:
         check_name(entry.filename)
     except BadSample as bad:
         raise BadSample("bad_name" if bad.reason == "bad_row" else bad.reason, bad.detail) from bad
+    if not Path(entry.filename).parts:
+        raise BadSample("bad_name", f"{entry.filename!r} names no file")
     kind = stat.S_IFMT(entry.external_attr >> 16)
     if kind not in (0, stat.S_IFREG):
         raise BadSample("not_a_file", f"a link or device (mode {entry.external_attr >> 16:o})")
