@@ -92,7 +92,8 @@ def unpack_zip(archive: Path, target: Path, *, threads: int = 4) -> Unpacked:
 
 
 def _unpack(opened: zipfile.ZipFile, unpacked: Unpacked, target: Path, threads: int) -> None:
-    entries = [entry for entry in opened.infolist() if not entry.is_dir()]
+    # not is_dir(), which fails on an empty name
+    entries = [entry for entry in opened.infolist() if not entry.filename.endswith("/")]
     packed_bytes = sum(entry.compress_size for entry in entries)
     if packed_bytes > unpacked.bytes:
         raise DataError(

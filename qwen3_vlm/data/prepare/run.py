@@ -373,7 +373,7 @@ def _publish(workspace: Workspace, merged: _Merged, roots: Mapping[Root, Path], 
             _merged_file(workspace, (split, root)).replace(final)
             CrudeJsonlDatasetFactory.prepare_dataset(EPath(final))
             store = shards.FOLDER if options.form is Form.tar else f"filesystem://{_store_path(out, roots[root])}"
-            has_store = options.form is Form.jsonl or bool(merged.numbers)
+            has_store = options.form is Form.jsonl or shards.exist(out)
             leaves.append({"path": final.name} | ({"aux": {ImageModality.name: store}} if has_store else {}))
         if len(leaves) == 1:
             splits[split] = leaves[0]

@@ -75,10 +75,17 @@ def write_shards(images: Sequence[tuple[Path, str]], out: Path, *, size: int, jo
     total: Counter[str] = Counter()
     for result in results:
         total.update(json.loads(result.read_text()))
-    _build_index(folder, [result.with_suffix(".tar").name for result in results])
+    written = [path.name for path in (result.with_suffix(".tar") for result in results) if path.is_file()]
+    if written:
+        _build_index(folder, written)
     for result in results:
         result.unlink()
     return dict(sorted(total.items()))
+
+
+def exist(out: Path) -> bool:
+    """Whether a prepared folder has shards: a set of text alone has none."""
+    return (out / FOLDER / _META).is_dir()
 
 
 def remove(out: Path) -> None:
@@ -103,7 +110,10 @@ def _write_shard(path: Path, images: dict[int, tuple[Path, str]]) -> dict[str, i
             entry = tarfile.TarInfo(entry_name(number, name))  # no times, no owners: equal images, equal bytes
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    partial.replace(path)
+    if sum(unreadable.values()) < len(images):
+        partial.replace(path)
+    else:
+        partial.unlink()  # energon refuses empty shards
     return dict(unreadable)
 
 

@@ -67,6 +67,15 @@ def test_broken_entries_cost_themselves_alone(tmp_path: Path):
     assert (done.files, done.refused) == (4, {"corrupt_entry": 1}) and not (tmp_path / "out" / "2.jpg").exists()
 
 
+def test_an_entry_without_a_name(tmp_path: Path):
+    path = write(tmp_path / "a.zip", [("n", b"x"), ("b.jpg", b"y")])
+    content = path.read_bytes()  # the directory's entry: 28 bytes in, the length of the name
+    at = content.index(b"PK\x01\x02") + 28
+    path.write_bytes(content[:at] + b"\0\0\1\0" + content[at + 4 :])  # the byte of the name becomes extra data
+    done = unpack_zip(path, tmp_path / "out")
+    assert (done.files, sum(done.refused.values())) == (1, 1)
+
+
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(archive, "MAX_FILE_BYTES", 20 * 2**20)
     entries = [("bomb.jpg", b"\0" * (5 * 2**20)), ("large.jpg", b"\0" * (21 * 2**20)), ("blank.jpg", b"\0" * 10**6)]
