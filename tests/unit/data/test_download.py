@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import zipfile
@@ -152,6 +153,8 @@ def test_hub_dry_run_unknown_subset_and_no_hub(tmp_path: Path, monkeypatch: pyte
             plan_hub("mantis", include=["*.csv"])
         plan = plan_hub("mantis", subsets=["dreamsim"])
         assert [file.name for file in plan.files] == ["dreamsim/train-00000-of-00001.parquet"]
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
     with pytest.raises(DataError, match=r"ConnectError.*\n.*set HF_ENDPOINT to a mirror"):
         plan_hub("mantis")
 
