@@ -97,7 +97,7 @@ HUB_SETS = {
     ),
 }
 
-# Size: the server's Content-Length. MD5: as given by LVIS' and PaddleDetection's lists of the same file.
+# COCO publishes neither; size and MD5 are those that LVIS' and PaddleDetection's lists, among others, give.
 COCO = WebFile(
     name="train2017.zip",
     url="http://images.cocodataset.org/zips/train2017.zip",
