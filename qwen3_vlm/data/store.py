@@ -116,7 +116,7 @@ class CheckedStore(FileStore[bytes]):
         check_name(key)
         try:
             return self.inner[key]
-        except (KeyError, FileNotFoundError) as error:
+        except (KeyError, FileNotFoundError, ValueError) as error:  # ValueError: a name without a suffix
             raise BadSample("missing_file", f"no entry {key!r} in {self.get_path()}") from error
 
     def get_path(self) -> str:

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.energon import CrudeJsonlDatasetFactory
-from megatron.energon.epathlib import EPath
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from qwen3_vlm.config.schema import DataConfig, ModalityConfig, ResamplerConfig, SiglipEncoderConfig
 from qwen3_vlm.data.loader import RowLoader
 from qwen3_vlm.data.order import Share, Sizes, plan_pass
+from qwen3_vlm.data.prepare import prepare_llava
 from qwen3_vlm.data.store import MediaFolder
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.modality.base import Modality
@@ -123,24 +122,27 @@ def _modalities() -> dict[str, Modality]:
     return build_modalities({"image": ModalityConfig(encoder=encoder, resampler=ResamplerConfig(num_tokens=64))})
 
 
-def _write_data(folder: Path, num_rows: int, pictures: list[bytes], generator: np.random.Generator) -> None:
-    """A prepared folder whose rows take the pictures in turn."""
-    (folder / "images").mkdir(parents=True)
-    for number, picture in enumerate(pictures):
-        (folder / "images" / f"{number}.jpg").write_bytes(picture)
-    counts = generator.integers(4, 24, num_rows)
-    with (folder / "train.jsonl").open("w") as file:
+def _prepare(folder: Path, num_rows: int, pictures: list[bytes], generator: np.random.Generator) -> float:
+    """Prepare a data set whose rows take the pictures in turn, without copying them; returns seconds.
+
+    Every row has an image file of its own (a hard link), as in the public sets.
+    """
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for number in range(num_rows):
+        if number < len(pictures):
+            (images / f"{number}.jpg").write_bytes(pictures[number])
+        else:
+            (images / f"{number}.jpg").hardlink_to(images / f"{number % len(pictures)}.jpg")
+    counts = generator.integers(2, 12, num_rows)
+    with (folder / "source.jsonl").open("w") as file:
         for number, count in enumerate(counts):
             caption = " ".join(WORDS[(number + n) % len(WORDS)] for n in range(count))
-            turns = [{"role": "user", "content": "<image>\nWhat is it?"}, {"role": "assistant", "content": caption}]
-            names = [f"{number % len(pictures)}.jpg"]
-            file.write(json.dumps({"id": str(number), "messages": turns, "media": {"image": names}}) + "\n")
-    CrudeJsonlDatasetFactory.prepare_dataset(EPath(folder / "train.jsonl"))
-    (folder / "dataset.yaml").write_text(
-        "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    path: train.jsonl\n"
-        f"    aux:\n      image: filesystem://{folder}/images\n"
-    )
-    (folder / "report.json").write_text(json.dumps({"train": num_rows}))
+            turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": caption}]
+            file.write(json.dumps({"id": str(number), "image": f"{number}.jpg", "conversations": turns}) + "\n")
+    started = time.perf_counter()
+    prepare_llava(folder / "source.jsonl", images, folder / "prepared", jobs=os.cpu_count() or 1)
+    return time.perf_counter() - started
 
 
 def _pictures(count: int, generator: np.random.Generator) -> list[bytes]:
@@ -157,7 +159,7 @@ def _pictures(count: int, generator: np.random.Generator) -> list[bytes]:
 def _loader(folder: Path, *, num_workers: int, cache: Path | None = None) -> RowLoader:
     modalities = _modalities()
     return RowLoader(
-        DataConfig(path=str(folder), num_workers=num_workers),
+        DataConfig(path=str(folder / "prepared"), num_workers=num_workers),
         seq_length=4096,
         modalities=modalities,
         tokenizer=ChatTokenizer.from_folder(TOKENIZER, modalities),
@@ -168,7 +170,7 @@ def _loader(folder: Path, *, num_workers: int, cache: Path | None = None) -> Row
 
 def _images(folder: Path, count: int, generator: np.random.Generator) -> dict[str, float]:
     """Images a second of processor time on one core: read, decode and resize alone, and the whole loader."""
-    _write_data(folder, count, _pictures(count, generator), generator)
+    _prepare(folder, count, _pictures(count, generator), generator)
     files, image = MediaFolder(folder / "images"), _modalities()["image"]
     loader = _loader(folder, num_workers=0)
     best = {"decode_only": 0.0, "loader": 0.0}
@@ -185,8 +187,8 @@ def _images(folder: Path, count: int, generator: np.random.Generator) -> dict[st
 
 
 def _start(folder: Path, num_rows: int, generator: np.random.Generator) -> dict[str, Any]:
-    """Seconds to the first rows, measuring the samples and not; memory that a worker holds beyond an empty one's."""
-    _write_data(folder, num_rows, _pictures(8, generator), generator)
+    """Seconds to prepare, and to the first rows (measuring and not); a worker's memory above an empty one's."""
+    prepared_s = _prepare(folder, num_rows, _pictures(8, generator), generator)
     empty = iter(DataLoader(range(1000), batch_size=None, num_workers=1, multiprocessing_context="fork"))  # type: ignore[arg-type]
     next(empty)
     base = _pss_mib(empty._workers[0].pid)  # type: ignore[attr-defined]
@@ -202,7 +204,7 @@ def _start(folder: Path, num_rows: int, generator: np.random.Generator) -> dict[
             loader.next_rows()
         memory = max(memory, _pss_mib(loader._iterator._workers[0].pid))  # type: ignore[union-attr]
         loader.close()
-    return {"rows": num_rows, **seconds, "worker_pss_above_empty_mib": memory - base}
+    return {"rows": num_rows, "prepare_s": prepared_s, **seconds, "worker_pss_above_empty_mib": memory - base}
 
 
 def _pss_mib(pid: int) -> float:
