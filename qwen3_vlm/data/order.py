@@ -151,7 +151,7 @@ def plan_pass(
             that it is carried on.
         pack: false puts one sample into a row.
         max_items: media items of a row; a sample that has more by itself gets a row without others.
-        bucket_by_items: rows hold samples of similar numbers of items: 0, 1, 2-3, 4-7, ...
+        bucket_by_items: rows hold samples of similar numbers of items (0, 1, 2-3, 4-7, ...), but for what fills gaps.
 
     Returns:
         Every one of `numbers` in exactly one row.
@@ -160,33 +160,34 @@ def plan_pass(
         groups = one_per_row(sizes.tokens[numbers].tolist())
         return _as_pass([numbers[group] for group in groups], numbers)
 
-    def fill(pool: Numbers) -> list[Numbers]:
-        groups = best_fit_decreasing(
-            sizes.tokens[pool].tolist(), seq_length, items=sizes.items[pool].tolist(), max_items=max_items
-        )
-        return [pool[group] for group in groups]
+    def fill(pool: Numbers) -> list[list[int]]:
+        """Rows of places in the pool, ordered by their first one."""
+        tokens, items = sizes.tokens[pool].tolist(), sizes.items[pool]
+        # Bits of the number of items: 0, 1, 2-3, 4-7, ... One bucket if they are not told apart.
+        buckets = np.frexp(items.astype(np.float64))[1] * bucket_by_items
+        items = items.tolist()
+        units: list[list[int]] = []
+        for bucket in np.unique(buckets)[::-1]:
+            # The gaps of rows with more items are filled by samples with fewer: a row is a unit as a sample is.
+            units += [[place] for place in np.flatnonzero(buckets == bucket).tolist()]
+            groups = best_fit_decreasing(
+                [sum(tokens[place] for place in unit) for unit in units],
+                seq_length,
+                items=[sum(items[place] for place in unit) for unit in units],
+                max_items=max_items,
+            )
+            units = [[place for unit in group for place in units[unit]] for group in groups]
+        return sorted(sorted(unit) for unit in units)
 
     rows: list[Numbers] = []
     carried = numbers[:0]
     for start in range(0, len(numbers), window):
         pool = np.concatenate([carried, numbers[start : start + window]])
-        is_last = start + window >= len(numbers)
-        if not bucket_by_items:
-            buckets = [pool]
-        else:
-            of_sample = np.frexp(sizes.items[pool].astype(np.float64))[1]  # bits of the number: 0, 1, 2-3, 4-7, ...
-            buckets = [pool[of_sample == bucket] for bucket in np.unique(of_sample)]
-        filled, left = [], []
-        for bucket in buckets:
-            bucket_rows = fill(bucket)
-            emptiest = min(range(len(bucket_rows)), key=lambda i: int(sizes.tokens[bucket_rows[i]].sum()))
-            left.append(bucket_rows.pop(emptiest))
-            filled += bucket_rows
-        if is_last:
-            filled += fill(np.concatenate(left))
-        place = {int(number): i for i, number in enumerate(pool)}
-        rows += sorted(filled, key=lambda row: place[int(row[0])])
-        carried = np.concatenate(left)
+        filled = [pool[row] for row in fill(pool)]
+        carried = numbers[:0]
+        if start + window < len(numbers):
+            carried = filled.pop(min(range(len(filled)), key=lambda i: int(sizes.tokens[filled[i]].sum())))
+        rows += filled
     return _as_pass(rows, numbers)
 
 

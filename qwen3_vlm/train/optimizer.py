@@ -74,6 +74,22 @@ class ProgressSchedule:
             override_opt_param_scheduler=True,
         )
         self._optimizer = optimizer
+        self._optim = optim
+
+    def resume(self, done: int) -> None:
+        """Stand where a run goes on, by this configuration's rates; call it when the optimizer is loaded.
+
+        Loading brings back the settings that the optimizer was saved with: they give way to the configuration's.
+
+        Args:
+            done: samples (or steps) of the run that are done, whichever the run is measured in now.
+        """
+        optim = self._optim
+        for group in self._optimizer.param_groups:
+            group |= {"max_lr": optim.lr, "min_lr": optim.min_lr}
+            group |= {"betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        self.scheduler.num_steps = 2 * done
+        self.scheduler.step(increment=0)
 
     def before_step(self, units: int) -> float:
         """Move to the middle of a step of `units` samples (or one step); returns the learning rate."""

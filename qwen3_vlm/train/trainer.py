@@ -13,7 +13,7 @@ from qwen3_vlm.checkpoint import layout, sharded
 from qwen3_vlm.config.compose import to_dict
 from qwen3_vlm.config.schema import RunConfig
 from qwen3_vlm.data.loader import RowLoader
-from qwen3_vlm.errors import DataError
+from qwen3_vlm.errors import ConfigError, DataError
 from qwen3_vlm.logging import get_logger
 from qwen3_vlm.model.vlm import VLM
 from qwen3_vlm.parallel.topology import Topology
@@ -221,18 +221,27 @@ class Trainer:
 
         Raises:
             CheckpointError: the save does not fit this run.
-            ConfigError: it stands at a position in other data.
+            ConfigError: it stands at a position in other data, or other parts were trained.
         """
         directory = layout.latest_step_dir(self.exp_dir)
         if directory is None:
             return
-        saved = dict(layout.read_manifest(directory).progress)
+        manifest = layout.read_manifest(directory)
+        trained = manifest.config["train"]["trainable"]
+        if set(trained) != set(self.config.train.trainable):
+            raise ConfigError(
+                f"{directory} was saved by a run that trains {sorted(trained)}, this one trains "
+                f"{sorted(self.config.train.trainable)}: the optimizer's state cannot be carried over. Restore "
+                f"train.trainable, or start a new exp_dir with checkpoint.init_from={directory}"
+            )
+        saved = dict(manifest.progress)
         was = {key: saved.pop(key) for key in self._layout()}
         position = saved.pop("data")
         if self.loader is not None:
             self.loader.load_state_dict(position)
         sharded.load_run(self.model, self._run_state(), directory / layout.STATE, same_layout=was == self._layout())
         self.progress = Progress(**saved)
+        self.schedule.resume(self.progress.samples if self.config.train.max_steps is None else self.progress.step)
         self.batches.epoch = self.progress.epoch
         log.info("resumed %s at step %d", directory, self.progress.step)
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,6 +81,15 @@ class Run:
     def step_dir(self, step: int) -> Path:
         """A saved step."""
         return self.exp_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def copy_up_to(whole: Run, cut: Run, *, step: int) -> None:
+    """Make a run that was killed behind its save of a step."""
+    shutil.copytree(whole.step_dir(step), cut.step_dir(step))
+    (cut.exp_dir / "checkpoints" / "latest").write_text(f"{cut.step_dir(step).name}\n")
+    for file in ("metrics.jsonl", "sample_keys.jsonl"):
+        lines = (whole.exp_dir / file).read_text().splitlines(keepends=True)
+        (cut.exp_dir / file).write_text("".join(lines[:step]))
 
 
 def overrides(checkpoint: Path, data: Path, exp_dir: Path, *more: str) -> list[str]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from qwen3_vlm.parallel import topology as topologies
 from tests.distributed.launch import Check, Results, launch
-from tests.train.runs import EVERYTHING, TWO_EPOCHS, Run, overrides, prepared, row, train
+from tests.train.runs import EVERYTHING, TWO_EPOCHS, Run, copy_up_to, overrides, prepared, row, train
 
 SAVED_AT = 4
 LAYOUTS = {
@@ -57,20 +57,10 @@ def train_here(folder: Path, name: str, layout: str) -> None:
         train_in_process(config)
 
 
-def cut_off(folder: Path, layout: str, name: str) -> None:
-    """A run that was killed behind its save of step SAVED_AT."""
-    whole, cut = Run(folder / layout), Run(folder / name)
-    shutil.copytree(whole.step_dir(SAVED_AT), cut.step_dir(SAVED_AT))
-    (cut.exp_dir / "checkpoints" / "latest").write_text(f"{cut.step_dir(SAVED_AT).name}\n")
-    for file in ("metrics.jsonl", "sample_keys.jsonl"):
-        lines = (whole.exp_dir / file).read_text().splitlines(keepends=True)
-        (cut.exp_dir / file).write_text("".join(lines[:SAVED_AT]))
-
-
 def move(folder: Path, source: str, target: str) -> None:
     """Save at one layout, go on at another."""
     if os.environ["RANK"] == "0":
-        cut_off(folder, source, f"{source}_to_{target}")
+        copy_up_to(Run(folder / source), Run(folder / f"{source}_to_{target}"), step=SAVED_AT)
     dist.barrier()
     train_here(folder, f"{source}_to_{target}", target)
 
@@ -152,7 +142,7 @@ def test_a_run_goes_on_at_another_layout(of_two: Path, pair: tuple[str, str]):
 @pytest.mark.parametrize("layout", MOVES_TO_ONE)
 def test_a_run_goes_on_in_one_process(of_two: Path, layout: str):
     name = f"{layout}_to_one"
-    cut_off(of_two, layout, name)
+    copy_up_to(Run(of_two / layout), Run(of_two / name), step=SAVED_AT)
     done = train(command(of_two, name, "one"))
     assert done.returncode == 0, done.describe()
     assert_same_run(of_two, name)

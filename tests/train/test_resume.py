@@ -3,7 +3,7 @@
 import signal
 from pathlib import Path
 
-from tests.train.runs import LR, TWO_EPOCHS, Run, overrides, train
+from tests.train.runs import LR, TWO_EPOCHS, Run, copy_up_to, overrides, train
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -68,3 +68,34 @@ def test_the_schedule_ends_at_the_last_sample(straight: Run):
     assert 0.9 * LR < peak <= LR
     assert lrs[lrs.index(peak) :] == sorted(lrs[lrs.index(peak) :], reverse=True)
     assert 0 < lrs[-1] < 0.02 * LR
+
+
+def test_a_run_goes_on_with_other_settings(straight: Run, checkpoint: Path, data: Path, tmp_path: Path):
+    """Begun by steps and at another rate, with other betas: from the resume on it is scheduled as the straight run."""
+    run = Run(tmp_path / "run")
+    begun = overrides(checkpoint, data, run.exp_dir, "train.max_steps=4", "optim.lr=0.1", "optim.decay=constant")
+    assert train(begun).returncode == 0
+    assert [line["lr"] for line in run.metrics][1:] == [0.1] * 3
+    done = train(overrides(checkpoint, data, run.exp_dir, *TWO_EPOCHS))
+    assert done.returncode == 0, done.describe()
+    assert run.keys == straight.keys
+    assert [line["lr"] for line in run.metrics][4:] == [line["lr"] for line in straight.metrics][4:]
+
+
+def test_betas_of_the_configuration_hold_after_a_resume(straight: Run, checkpoint: Path, data: Path, tmp_path: Path):
+    run = Run(tmp_path / "run")
+    copy_up_to(straight, run, step=4)
+    done = train(overrides(checkpoint, data, run.exp_dir, *TWO_EPOCHS, "optim.beta1=0.1", "optim.eps=0.1"))
+    assert done.returncode == 0, done.describe()
+    losses = [line["loss"] for line in run.metrics]
+    expected = [line["loss"] for line in straight.metrics]
+    assert losses[:5] == expected[:5] and losses[5] != expected[5]  # step 5's update is the first with the new ones
+
+
+def test_other_trained_parts_are_refused(straight: Run, checkpoint: Path, data: Path, tmp_path: Path):
+    run = Run(tmp_path / "run")
+    copy_up_to(straight, run, step=2)
+    done = train(overrides(checkpoint, data, run.exp_dir, *TWO_EPOCHS, "train.trainable=[image.projector]"))
+    assert done.returncode == 1
+    assert "trains ['image.projector', 'image.resampler'], this one trains ['image.projector']" in done.output
+    assert "checkpoint.init_from=" in done.output

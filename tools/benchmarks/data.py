@@ -79,7 +79,7 @@ def _sizes(text: np.ndarray, images: np.ndarray) -> Sizes:
 def _packing(sizes: Sizes) -> dict[str, Any]:
     """Fill, how far samples move, and the busiest rank's images above the mean, for each way to pack."""
     numbers = np.random.default_rng(0).permutation(len(sizes.tokens)).astype(np.int64)
-    ways = {"default": {}, "capped": {"max_items": 96}, "bucketed": {"bucket_by_items": True}}
+    ways = {"default": {}, "bucketed": {"bucket_by_items": True}, "mantis": {"bucket_by_items": True, "max_items": 112}}
     results = {}
     for name, options in ways.items():
         window = DataConfig().packing_buffer_size
