@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("kv1_tied", "kv8_untied")
 TWO = ("parallel=tp2", "parallel=pp2")
 FOUR = ("parallel=tp4", "parallel=tp2pp2")
+EIGHT = ("parallel=tp4pp2",)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,9 @@ def both_parts_pass(folder: Path, parallel: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "layouts"), [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.full)], ids=["two", "four"]
+    ("num_processes", "layouts"),
+    [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.full), pytest.param(8, EIGHT, marks=pytest.mark.full)],
+    ids=["two", "four", "eight"],
 )
 def test_an_export_passes_at_every_layout(folder: Path, tmp_path: Path, num_processes: int, layouts: tuple[str, ...]):
     for name in NAMES:
