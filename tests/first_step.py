@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[1]
 LIMIT_S = 240
 BF16_LOSS = 2**-8
 """Relative bound of BF16's loss against FP32's: one rounding of BF16, whose mantissa has 8 bits."""
-BF16_GRADIENT = 5e-2
-"""Bound of |difference| / |gradient| of a tensor, BF16 against FP32: 13 roundings of 2^-8."""
+BF16_GRADIENT = 20 * 2**-8
+"""Bound of |difference| / |gradient| of a tensor, BF16 against FP32: 7.8e-2, twice what BF16 on a CPU was measured at
+(4.0e-2, test_first_step.py). megatron-core on TransformerEngine was measured at 1.0e-2 for the input embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
