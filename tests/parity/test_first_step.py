@@ -33,14 +33,8 @@ def test_both_processes_take_the_same_step(
 
 
 def test_bf16_is_within_the_bounds(cases: dict[str, Case], topology: Topology, on_cpu: FirstStep, tmp_path: Path):
-    """Those that the GPU is held to. Measured: MEASURED."""
+    """The GPU is held to them too. Measured: loss 2.5e-4, gradients 4.0e-2 at worst (a q_layernorm), median 1.9e-2."""
     got = first_step.take(cases[NAME], topology, PrecisionConfig(), tmp_path / "here")
     assert got.loss == pytest.approx(on_cpu.loss, rel=first_step.BF16_LOSS, abs=0)
     apart = relative_differences(on_cpu.gradients, got.gradients)
-    print(
-        "MEASURED",
-        abs(got.loss / on_cpu.loss - 1),
-        max(apart.items(), key=lambda x: x[1]),
-        sorted(apart.values())[len(apart) // 2],
-    )
     assert max(apart.values()) <= first_step.BF16_GRADIENT
