@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipVisionModel
 
+from qwen3_vlm.checkpoint import layout
 from qwen3_vlm.checkpoint.load import LoadedModel, load_vlm
 from qwen3_vlm.config.schema import ParallelConfig, PrecisionConfig
 from qwen3_vlm.convert.connector import connector_shapes
 from qwen3_vlm.data.sample import Message
 from qwen3_vlm.eval.generate import GreedyGenerator, Prompt
-from qwen3_vlm.parallel.backend import select_backend
 from qwen3_vlm.parallel.topology import Topology
 from tests.hf_folders import import_folders, write_llm, write_tower
 from tests.images import jpeg
 from tests.reference import Reference, Turn
+from tests.saved import read_tensors
 
 FP32 = PrecisionConfig(name="fp32", params_dtype="fp32")
 TOLERANCE = 1e-4
@@ -103,16 +104,16 @@ class Case:
         loaded = self.load(parallel, topology)
         return GreedyGenerator(loaded.model, loaded.tokenizer, loaded.modalities, topology)
 
-    def reference(self, topology: Topology) -> Reference:
-        """The same model in plain torch, its connector read from the checkpoint."""
-        state = self.load(ParallelConfig(), topology).model.state_dict()
+    def reference(self) -> Reference:
+        """The same model in plain torch on the CPU, its connector read from the checkpoint's files."""
         tower = "towers.image."
+        state = read_tensors(self.checkpoint / layout.STATE, tower)
         return Reference(
             llm=Qwen3ForCausalLM.from_pretrained(self.folder / "llm", dtype=torch.float32).eval(),
             tower=SiglipVisionModel.from_pretrained(self.folder / "tower", dtype=torch.float32).eval(),
             tokenizer=AutoTokenizer.from_pretrained(self.folder / "llm"),
             connector={
-                k.removeprefix(tower): v for k, v in state.items() if k.startswith(tower) and "encoder.block" not in k
+                k.removeprefix(tower): v for k, v in state.items() if k.startswith((f"{tower}res", f"{tower}proj"))
             },
             num_tokens=self.spec.num_tokens,
             pooled=self.spec.latent_init == "pooled",
@@ -126,12 +127,9 @@ def open_cases(folder: Path, names: Iterable[str]) -> dict[str, Case]:
 
 
 def write_cases(folder: Path) -> dict[str, Case]:
-    """Write every case; the process needs a topology of one."""
-    alone = Topology(
-        backend=select_backend(), rank=0, world_size=1, tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1
-    )
+    """Write every case."""
     for number, (name, spec) in enumerate(SPECS.items()):
-        _write_case(Case(folder / name, spec), number, alone)
+        _write_case(Case(folder / name, spec), number)
     return open_cases(folder, SPECS)
 
 
@@ -158,7 +156,7 @@ def random_connector(modality, decoder, tower, *, seed, dtype) -> dict[str, Tens
     return tensors
 
 
-def _write_case(case: Case, seed: int, topology: Topology) -> None:
+def _write_case(case: Case, seed: int) -> None:
     spec = case.spec
     write_llm(
         case.folder / "llm",
@@ -176,7 +174,7 @@ def _write_case(case: Case, seed: int, topology: Topology) -> None:
     ]
     with mock.patch("qwen3_vlm.convert.hf.fresh_connector", random_connector):
         import_folders(case.folder / "llm", case.folder / "tower", case.checkpoint, overrides)
-    reference = case.reference(topology)
+    reference = case.reference()
     expected, answers = {}, {}
     for name, (turns, seeds) in PROMPTS.items():
         ids, files = reference.prompt_ids(turns), [jpeg_file(s, case.folder) for s in seeds]

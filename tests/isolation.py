@@ -24,7 +24,7 @@ ROWS: list[list[tuple[str, int]]] = [[("a red cat", 1), ("no picture", 0), ("two
 
 def whole_row(cu_seqlens: Tensor, max_seqlen: int) -> PackedSeqParams:
     """Every row one document."""
-    ends = torch.arange(0, int(cu_seqlens[-1]) + 1, SEQ_LENGTH, dtype=torch.int32)
+    ends = torch.arange(0, int(cu_seqlens[-1]) + 1, SEQ_LENGTH, dtype=torch.int32, device=cu_seqlens.device)
     return packed_documents(ends, SEQ_LENGTH)
 
 
@@ -50,7 +50,8 @@ def _token_losses(stepper: Stepper, batch: MicroBatch) -> Tensor | None:
 
     def forward_step(batches, model):
         output, _ = step.forward_step(batches, model)
-        return output, lambda losses_1t: (losses_1t.sum(), torch.tensor(1), {"losses": losses_1t[0].clone()})
+        one = torch.ones((), dtype=torch.int, device=output.device)
+        return output, lambda losses_1t: (losses_1t.sum(), one, {"losses": losses_1t[0].clone()})
 
     with torch.no_grad():
         reports = get_forward_backward_func()(

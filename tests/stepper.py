@@ -1,6 +1,7 @@
 """Optimizer steps on documents given in the test, without a data set: at any layout, with any parts training."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from qwen3_vlm.checkpoint import layout, sharded
 from qwen3_vlm.config.schema import OptimConfig, ParallelConfig, PrecisionConfig
 from qwen3_vlm.data.chat import ChatEncoder
 from qwen3_vlm.data.packing import collate_rows, empty_row, pack_row
-from qwen3_vlm.data.sample import EncodedSample, Message, MicroBatch
+from qwen3_vlm.data.sample import EncodedSample, MediaBatch, Message, MicroBatch
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.modality.registry import build_modalities
 from qwen3_vlm.model.vlm import VLM
@@ -45,6 +46,16 @@ CONNECTOR = ("image.resampler", "image.projector")
 EVERYTHING = ("decoder", "image.encoder", *CONNECTOR)
 
 
+def on_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The batch with every tensor on the device, as StepBatches hands it to a training step."""
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    media = {
+        name: MediaBatch(data=items.data.to(device), positions=items.positions.to(device))
+        for name, items in batch.media.items()
+    }
+    return replace(batch, **tensors, media=media)
+
+
 class Stepper:
     """This rank's stage of a case's model, which takes steps on given rows of documents."""
 
@@ -56,6 +67,7 @@ class Stepper:
         trainable: Sequence[str] = CONNECTOR,
         precision: PrecisionConfig = FP32,
         overlap: bool | None = None,
+        clip_grad: float = 1.0,
     ):
         parallel = parallel or ParallelConfig()
         self.topology = topology
@@ -76,7 +88,7 @@ class Stepper:
             device=topology.backend.device,
             overlap=overlap,
         )
-        optim = OptimConfig(lr=1e-3, warmup_fraction=0.0, decay="constant")
+        optim = OptimConfig(lr=1e-3, warmup_fraction=0.0, decay="constant", clip_grad=clip_grad)
         self.optimizer = build_optimizer(optim, precision, self.wrapped)
         self.schedule = ProgressSchedule(self.optimizer, optim, 10)
 
@@ -96,14 +108,16 @@ class Stepper:
         )
 
     def micro_batch(self, *rows: Sequence[EncodedSample]) -> MicroBatch:
-        """Rows of documents end to end; an empty one is padding."""
+        """Rows of documents end to end, on the backend's device; an empty one is padding."""
         fixed = {"seq_length": SEQ_LENGTH, "pad_id": self.tokenizer.pad_id, "modalities": self.modalities}
-        return collate_rows([pack_row(row, **fixed) if row else empty_row(**fixed) for row in rows])
+        batch = collate_rows([pack_row(row, **fixed) if row else empty_row(**fixed) for row in rows])
+        return on_device(batch, self.topology.backend.device)
 
     def take(self, *micro_batches: MicroBatch) -> StepResult:
         """One optimizer step; each data-parallel rank gives its own micro batches, as many as the others."""
         counts = torch.tensor(
-            [sum(m.loss_mask.sum() for m in micro_batches), sum(m.num_samples for m in micro_batches)]
+            [sum(int(m.loss_mask.sum()) for m in micro_batches), sum(m.num_samples for m in micro_batches)],
+            device=self.topology.backend.device,  # nccl takes nothing else
         )
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         loss_tokens, samples = (int(count) for count in counts)
@@ -129,9 +143,9 @@ class Stepper:
         dist.barrier()
         sharded.save_run(self.model, self._run_state(), folder)
 
-    def load(self, folder: Path) -> None:
-        """Go on from what any layout wrote."""
-        sharded.load_run(self.model, self._run_state(), folder, same_layout=False)
+    def load(self, folder: Path, *, same_layout: bool = False) -> None:
+        """Go on from what any layout wrote; with its random streams if it is this one."""
+        sharded.load_run(self.model, self._run_state(), folder, same_layout=same_layout)
 
     def _run_state(self) -> sharded.RunState:
         return sharded.RunState(optimizer=self.optimizer, scheduler=self.schedule.scheduler)

@@ -116,16 +116,25 @@ def write_state(chunks: Sequence[Chunk], directory: Path, on_bytes: Callable[[in
     (directory / trusted.CONFIG_FILE).write_text(json.dumps(trusted.CONFIG))
 
 
-class _OneTensorPlanner(DefaultLoadPlanner):
-    """Hands out places in one tensor."""
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows [start, stop) of one tensor; a scalar is taken whole."""
 
-    def __init__(self, target: Tensor):
+    name: str
+    start: int = 0
+    stop: int
+
+
+class _TargetsPlanner(DefaultLoadPlanner):
+    """Hands out places in the target that a read item names by its index."""
+
+    def __init__(self, targets: dict[MetadataIndex, Tensor]):
         super().__init__()
-        self._target = target
+        self._targets = targets
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         place = tuple(slice(o, o + n) for o, n in zip(read_item.dest_offsets, read_item.lengths, strict=True))
-        return self._target[place]
+        return self._targets[read_item.dest_index][place]
 
 
 class StateReader:
@@ -165,19 +174,37 @@ class StateReader:
         Raises:
             CheckpointError: the stored blocks leave a part of them out.
         """
-        stored = self._stored[name]
-        sizes = list(stored.size)
-        offsets = [0] * len(sizes)
-        if sizes:
-            offsets[0], sizes[0] = start, (sizes[0] if stop is None else stop) - start
-        wanted = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
-        items = create_read_items_for_chunk_list(name, stored, [wanted])
-        found = sum(math.prod(item.lengths) for item in items)
-        if found != math.prod(sizes):
-            raise CheckpointError(
-                f"{self.directory}: the blocks of {name} hold {found} of {math.prod(sizes)} values: the checkpoint is "
-                "damaged, use another one"
-            )
-        target = torch.empty(sizes, dtype=stored.properties.dtype)
-        self._reader.read_data(LoadPlan(items), _OneTensorPlanner(target)).wait()
-        return target
+        rows = self.shape(name)[:1]
+        if stop is None:
+            stop = rows[0] if rows else 1
+        return self.read_rows([Rows(name=name, start=start, stop=stop)])[0]
+
+    def read_rows(self, wanted: Sequence[Rows]) -> list[Tensor]:
+        """Rows of several tensors in one pass over the files: each file is opened once.
+
+        Raises:
+            CheckpointError: the stored blocks leave a part of them out.
+        """
+        items: list[ReadItem] = []
+        targets: dict[MetadataIndex, Tensor] = {}
+        results = []
+        for rows in wanted:
+            stored = self._stored[rows.name]
+            sizes = list(stored.size)
+            offsets = [0] * len(sizes)
+            if sizes:
+                offsets[0], sizes[0] = rows.start, rows.stop - rows.start
+            chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
+            blocks = create_read_items_for_chunk_list(rows.name, stored, [chunk])
+            found = sum(math.prod(block.lengths) for block in blocks)
+            if found != math.prod(sizes):
+                raise CheckpointError(
+                    f"{self.directory}: the blocks of {rows.name} hold {found} of {math.prod(sizes)} values: the "
+                    "checkpoint is damaged, use another one"
+                )
+            results.append(torch.empty(sizes, dtype=stored.properties.dtype))
+            for block in blocks:
+                targets[block.dest_index] = results[-1]
+            items += blocks
+        self._reader.read_data(LoadPlan(items), _TargetsPlanner(targets)).wait()
+        return results

@@ -87,16 +87,29 @@ def check(directory: Path) -> None:
         config = json.loads(path.read_text())
         if config != CONFIG:
             raise ValueError(f"it says {config}, this version reads {CONFIG}")
+    read_objects(directory)
+
+
+def read_objects(directory: Path) -> dict[str, Any]:
+    """Everything in a state folder that is no tensor of its own: common.pt's entries (param groups, schedule), and the
+    byte entries (random states) by their names in the checkpoint; values and tensors only.
+
+    Raises:
+        CheckpointError: a pickle refers to anything but values and tensors, or a file is missing.
+    """
     metadata = read_metadata(directory)
     with _refusing(directory / COMMON):
-        torch.load(directory / COMMON, map_location="cpu", weights_only=True)
+        objects = torch.load(directory / COMMON, map_location="cpu", weights_only=True)
+        if not isinstance(objects, dict):
+            raise pickle.UnpicklingError(f"it holds a {type(objects).__name__}, not a dict")
     for index, stored in metadata.storage_data.items():
         if not isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
             continue  # tensors are read with weights_only by torch itself
         path = directory / stored.relative_path
         with _refusing(path, f"entry {index.fqn}"), path.open("rb") as file:
             file.seek(stored.offset)
-            torch.load(io.BytesIO(file.read(stored.length)), map_location="cpu", weights_only=True)
+            objects[index.fqn] = torch.load(io.BytesIO(file.read(stored.length)), map_location="cpu", weights_only=True)
+    return objects
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from qwen3_vlm.checkpoint import compare
 from qwen3_vlm.config.schema import ParallelConfig
 from qwen3_vlm.data.sample import MicroBatch
 from qwen3_vlm.parallel.topology import Topology
-from tests.cases import Case, open_cases
+from tests.cases import VOCAB_SIZE, Case, open_cases
 from tests.distributed.checks import layout
 from tests.distributed.launch import launch
-from tests.saved import read_tensors
 from tests.stepper import DOCUMENTS, EVERYTHING, Stepper
 
 NAMES = ("kv1_tied", "kv8_untied")
@@ -107,19 +107,13 @@ def _check(case_name: str, names: Sequence[str], folder: Path, expected: list[tu
     for source, name in itertools.product(names, names):
         saved = folder / f"{case_name}_{source}"
         resumed = folder / f"{case_name}_{source}_at_{name}"
-        before, after = read_tensors(saved), read_tensors(resumed)
-        assert before.keys() == after.keys()
-        assert [n for n, tensor in before.items() if not _same(tensor, after[n])] == [], resumed.name
+        assert compare.tensor_differences(saved, resumed, 0, vocab_size=VOCAB_SIZE) == [], resumed.name
+        beside = compare.object_differences(saved, resumed, 0)
+        assert [d for d in beside if not d.name.startswith(compare.RANDOM_STATE)] == [], resumed.name
         got = json.loads(resumed.with_suffix(".json").read_text())
         if source == name:
             assert got == json.loads(saved.with_suffix(".json").read_text()), resumed.name
         torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=1e-5, atol=0, msg=resumed.name)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal bits; where tp pads the vocabulary, the rows that both have."""
-    rows = min(len(a), len(b))
-    return a.shape[1:] == b.shape[1:] and abs(len(a) - len(b)) < 2 and torch.equal(a[:rows], b[:rows])
 
 
 @pytest.mark.parametrize("case_name", ["kv1_tied", pytest.param("kv8_untied", marks=pytest.mark.full)])
@@ -145,7 +139,7 @@ def test_four_processes(
     uninterrupted: dict[str, list[tuple[float, float]]],
     tmp_path: Path,
 ):
-    """Worst relative difference: loss 3.7e-7, gradient norm 1.9e-6."""
+    """Worst relative difference on two machines: loss 3.7e-7 and 1.5e-7, gradient norm 1.9e-6 and 1.7e-6."""
     names = ["one", *FULL_LAYOUTS]
     _reshard(cases[case_name], names, tmp_path)
     _check(case_name, names, tmp_path, uninterrupted[case_name])

@@ -1,4 +1,4 @@
-"""One step of stage 1 at the size of Qwen3-8B and SigLIP2 so400m, random weights; not yet run."""
+"""One step of stage 1 at the size of Qwen3-8B and SigLIP2 so400m, random weights; never run yet."""
 
 import math
 
@@ -14,6 +14,7 @@ from qwen3_vlm.parallel.topology import Topology
 from qwen3_vlm.train.batches import StepBatch, StepCounts
 from qwen3_vlm.train.optimizer import ProgressSchedule, build_optimizer
 from qwen3_vlm.train.step import train_step
+from tests.stepper import on_device
 
 NUM_DOCUMENTS, TEXT_TOKENS = 30, 60
 MEMORY_BYTES = 75 * 2**30
@@ -59,12 +60,7 @@ def test_one_step(topology: Topology):
     generator = torch.Generator().manual_seed(0)
     documents = [_document(n, config, generator) for n in range(NUM_DOCUMENTS)]
     row = pack_row(documents, seq_length=config.train.seq_length, pad_id=0, modalities=modalities)
-    batch = collate_rows([row])
-    device = topology.backend.device
-    for name in ("input_ids", "labels", "loss_mask", "position_ids", "cu_seqlens"):
-        setattr(batch, name, getattr(batch, name).to(device))
-    image = batch.media["image"]
-    image.data, image.positions = image.data.to(device), image.positions.to(device)
+    batch = on_device(collate_rows([row]), topology.backend.device)
     before = {name: p.detach().float().sum().item() for name, p in model.named_parameters()}
     loss_tokens = NUM_DOCUMENTS * TEXT_TOKENS // 2
     result = train_step(

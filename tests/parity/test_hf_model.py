@@ -122,7 +122,7 @@ def test_greedy_answers_equal_the_references_and_the_megatron_models(
 ):
     """With a KV cache, alone and in one batch; the others compute every token from the start."""
     case, exported = cases[name], load(name)
-    reference = case.reference(topology)
+    reference = case.reference()
     together = generated(exported, list(PROMPTS), tmp_path)
     ours = case.generator(ParallelConfig(), topology).generate([prompt(p) for p in PROMPTS], max_new_tokens=GENERATED)
     stop = set(exported.model.generation_config.eos_token_id)

@@ -34,7 +34,7 @@ def test_tower_features_equal_transformers(cases: dict[str, Case], topology: Top
     pixels = torch.stack([loaded.modalities["image"].preprocess(jpeg(seed)) for seed in range(3)])
     with torch.no_grad():
         features_piw = loaded.model.towers["image"].encoder(pixels)
-    reference = case.reference(topology)
+    reference = case.reference()
     expected = reference.features(reference.pixels([jpeg_file(seed, case.folder) for seed in range(3)]))
     assert features_piw.shape == (16, 3, 48)
     torch.testing.assert_close(features_piw.transpose(0, 1), expected, atol=TOLERANCE, rtol=0)

@@ -11,6 +11,8 @@ from tests.train.runs import Run, overrides, train_forked
 
 EVERYTHING = "train.trainable=[decoder,image.encoder,image.resampler,image.projector]"
 STEPS = 8
+BF16 = 2**-8
+"""What one rounding to BF16's 8 bits of mantissa may change, relative."""
 
 
 def run(checkpoint: Path, data: Path, folder: Path, *more: str, precision: str = "bf16", num_processes: int = 1) -> Run:
@@ -38,11 +40,11 @@ def state(made: Run, step: int) -> Path:
 
 
 def test_the_loss_falls_as_in_fp32(bf16: Run, fp32: Run):
-    """Step by step within 3.5e-3 of FP32's, relative."""
+    """Step by step within 3.5e-3 and 1.8e-3 of FP32's, relative, on two machines."""
     losses, reference = ([line["loss"] for line in made.metrics] for made in (bf16, fp32))
     assert losses[-1] < 0.8 * losses[0]
     for got, expected in zip(losses, reference, strict=True):
-        assert math.isclose(got, expected, rel_tol=0.01)
+        assert math.isclose(got, expected, rel_tol=4 * BF16)
 
 
 def compare_first_step(got: Run, expected: Run, *, loss: float, norm: float, gradient: float) -> None:
@@ -56,16 +58,22 @@ def compare_first_step(got: Run, expected: Run, *, loss: float, norm: float, gra
 
 
 def test_the_first_step_is_that_of_fp32(bf16: Run, fp32: Run):
-    """Measured: loss 7.9e-4, norm 9.4e-4, gradients 6.1e-2 at worst (a norm of the tower), 2.7e-2 in the median."""
-    compare_first_step(bf16, fp32, loss=2e-3, norm=3e-3, gradient=0.1)
+    """Processors sum BF16 products in their own order. Two machines measured, the second with AVX512_BF16: loss 7.9e-4
+    and 6.0e-4, norm 9.4e-4 and 1.5e-3, gradients at worst (a norm of the tower) 6.1e-2 and 4.7e-2, in the median 2.7e-2
+    and 2.5e-2.
+    """
+    compare_first_step(bf16, fp32, loss=BF16, norm=2 * BF16, gradient=32 * BF16)
 
 
 @pytest.mark.parametrize("parallel", ["tp2", "pp2"])
 def test_the_first_step_at_other_layouts(bf16: Run, checkpoint: Path, data: Path, tmp_path: Path, parallel: str):
-    """Measured: TP2 loss 5.8e-5, norm 8.6e-4, gradients 3.1e-2; PP2 none but the tied embedding's, 1.5e-3."""
+    """The same two machines. TP2: loss 5.8e-5 and 4.2e-4, norm 8.6e-4 and 1.1e-3, gradients 3.1e-2 and 2.4e-2.
+
+    PP2: none but the tied embedding's gradient, 1.5e-3 and 1.6e-3.
+    """
     options = ("train.max_steps=1", f"parallel={parallel}")
     got = run(checkpoint, data, tmp_path, *options, num_processes=2)
-    compare_first_step(got, bf16, loss=2e-4, norm=3e-3, gradient=0.06)
+    compare_first_step(got, bf16, loss=BF16, norm=2 * BF16, gradient=16 * BF16)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(bf16: Run, checkpoint: Path, data: Path, tmp_path: Path):

@@ -151,12 +151,14 @@ def test_a_run_goes_on_in_one_process(of_two: Path, layout: str):
 @pytest.mark.full
 @pytest.mark.parametrize("layout", dict.fromkeys(layout for pair in FULL_MOVES for layout in pair))
 def test_layouts_of_four(of_four: Path, layout: str):
+    """Worst relative difference: loss 3.0e-7 (tp2_pp2), gradient norm 1.2e-6 (tp4); without tp 5.6e-8, 2.6e-7."""
     assert_same_run(of_four, layout)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("pair", FULL_MOVES, ids="_to_".join)
 def test_a_run_goes_on_at_another_layout_of_four(of_four: Path, pair: tuple[str, str]):
+    """Worst relative difference: loss 3.0e-7 (from tp2_pp2), gradient norm 1.2e-6 (from tp4)."""
     assert_same_run(of_four, "_to_".join(pair))
 
 

@@ -49,8 +49,8 @@ def stepper(case: Case, topology: Topology) -> Stepper:
     return Stepper(case, topology)
 
 
-def test_tokens_and_targets_are_those_made_by_hand(case: Case, stepper: Stepper, topology: Topology):
-    reference = case.reference(topology)
+def test_tokens_and_targets_are_those_made_by_hand(case: Case, stepper: Stepper):
+    reference = case.reference()
     for turns, seeds in DOCUMENTS:
         ids, targets = hand_made(reference, turns)
         document = stepper.document(turns, seeds)
@@ -61,7 +61,7 @@ def test_tokens_and_targets_are_those_made_by_hand(case: Case, stepper: Stepper,
 @pytest.mark.parametrize("arrangement", ["packed", "micro batches", "rows of a micro batch", "beside an empty row"])
 def test_loss_is_the_hand_made_one(case: Case, stepper: Stepper, topology: Topology, arrangement: str):
     """Relative to transformers; worst measured: 6e-8."""
-    expected, count = hand_made_loss(case.reference(topology), case)
+    expected, count = hand_made_loss(case.reference(), case)
     first, second = (stepper.document(*document) for document in DOCUMENTS)
     batch = stepper.micro_batch
     micro_batches = {
