@@ -23,7 +23,9 @@ from megatron.energon import (
     load_dataset,
 )
 from megatron.energon.epathlib import EPath
+from megatron.energon.local_copy import ensure_local_copy
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
+from multistorageclient.types import RetryableError
 
 from qwen3_vlm.data.order import pass_size
 from qwen3_vlm.data.sample import EncodedSample
@@ -113,6 +115,13 @@ def load_leaves(path: str, *, split: str) -> list[LoadedDataset]:
     file = dataset_file(path)
     try:
         loaded = load_dataset(EPath(str(file))).get_datasets(training=False, split_part=split, worker_config=_ALONE)
+        for leaf in loaded.datasets:
+            leaf.dataset = _keep_lines_raw(leaf.dataset)
+    except (RuntimeError, RetryableError, PermissionError, ImportError) as error:  # object stores, and boto3 missing
+        raise DataError(
+            f"{file}: cannot open split {split!r}: {type(error).__name__}: {error}. Is the store up, and does the "
+            "profile hold its address and your credentials (docs/data.md, Object stores)?"
+        ) from error
     except (AssertionError, ValueError, TypeError, KeyError, OSError) as error:  # energon reports user errors as these
         raise DataError(f"{file}: cannot open split {split!r}: {type(error).__name__}: {error}") from error
     if loaded.blend_mode is DatasetBlendMode.DATASET_WEIGHT:
@@ -120,8 +129,6 @@ def load_leaves(path: str, *, split: str) -> list[LoadedDataset]:
             f"{file}: split {split!r} is a weighted blend, which never ends and repeats samples at random; "
             "write blend_epochized with repetitions instead of blend with weights"
         )
-    for leaf in loaded.datasets:
-        leaf.dataset = _keep_lines_raw(leaf.dataset)
     return loaded.datasets
 
 
@@ -179,10 +186,31 @@ def _keep_lines_raw(factory: Any) -> Any:
     if type(factory) is not DefaultCrudeJsonlDatasetFactory:
         return factory
     raw = CrudeJsonlDatasetFactory(
-        factory.path, training=factory.training, worker_config=factory.worker_config, subset=factory.subset
+        _local_rows(factory.path), training=factory.training, worker_config=factory.worker_config, subset=factory.subset
     )
     raw.subflavors = factory.subflavors
     return raw
+
+
+def _local_rows(path: EPath) -> EPath:
+    """Rows of an object store as a copy that all processes of the machine share, with their index; local ones stay.
+
+    energon would hold the whole file in the memory of every process.
+    """
+    if path.is_local():
+        return path
+    copies = {
+        f"{path.name}{suffix}": ensure_local_copy(EPath(f"{path}{suffix}")).local_path() for suffix in ("", ".idx")
+    }
+    digest = hashlib.sha256(str(path).encode()).hexdigest()
+    folder = copies[path.name].parent / f"{digest}.rows"  # the copies' own names are hashes; an index goes by its name
+    folder.mkdir(exist_ok=True)
+    for name, copy in copies.items():
+        partial = folder / f"{name}.{os.getpid()}"
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(copy)
+        partial.replace(folder / name)
+    return EPath(folder / path.name)
 
 
 def _fingerprint(leaves: Sequence[LoadedDataset]) -> str:
@@ -203,6 +231,6 @@ def _fingerprint(leaves: Sequence[LoadedDataset]) -> str:
 
 
 def _modified(leaves: Sequence[LoadedDataset]) -> list[int]:
-    """When the leaves' local files were written last, in ns."""
+    """When the leaves' rows were written last, in ns (copies have the time of the store)."""
     paths = [EPath(str(source)) for leaf in leaves for source in leaf.dataset.paths]
     return [path.local_path().stat().st_mtime_ns for path in paths if path.is_local()]

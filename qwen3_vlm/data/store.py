@@ -1,19 +1,32 @@
 """Where media bytes come from: names in data files are untrusted, so every read goes through a check.
 
-`MediaFolder` knows one folder and plain files (preparation uses it too); `FolderStore` and `CheckedStore` put it, or
-any other energon store, behind energon's interface. All faults of a single file are `BadSample`.
+    FolderStore     files of a local folder (`MediaFolder` reads them; preparation uses it too)
+    ObjectStore     single objects below a prefix of an object store
+    ShardStore      entries of indexed tar shards, local or in an object store
+
+Faults of a single file are `BadSample`. What says nothing about the file (a lost connection, a refused login, a shard
+that is gone or too short) is `DataError` and stops the run. Object stores are reached by the multi-storage client
+that energon's paths (msc://PROFILE/...) bring; it and botocore repeat failed requests, as the profile says.
 """
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from megatron.energon import FileStore, SystemFileStore
+from megatron.energon.cache.file_store import WebdatasetFileStore
 from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.config import split_name_re
 from megatron.energon.source_info import SourceInfo
+from multistorageclient import StorageClient
+from multistorageclient.types import Range
 
 from qwen3_vlm.data.chat import is_unicode
 from qwen3_vlm.errors import BadSample, DataError
+
+_Answer = TypeVar("_Answer")
 
 MAX_FILE_BYTES = 256 * 2**20
 """Largest media file that is read, in bytes; real photographs are a hundredth of it."""
@@ -79,9 +92,7 @@ class MediaFolder:
         path = self.locate(name)
         try:
             with open(path, "rb") as file:  # noqa: PTH123
-                size = os.fstat(file.fileno()).st_size
-                if size > MAX_FILE_BYTES:
-                    raise BadSample("file_too_large", f"{name!r} has {size} bytes, at most {MAX_FILE_BYTES}")
+                _check_size(name, os.fstat(file.fileno()).st_size)
                 return file.read()
         except OSError as error:
             raise self._unreadable(name, error) from error
@@ -106,29 +117,141 @@ class FolderStore(FileStore[bytes]):
         return str(self.folder.root)
 
 
-class CheckedStore(FileStore[bytes]):
-    """Any other energon store (tar shards, object stores), with names checked and missing entries as `BadSample`."""
+class _Client:
+    """The multi-storage client of a path's profile, one a process: forked ones would share its open connections."""
 
-    def __init__(self, inner: FileStore[bytes]):
-        self.inner = inner
+    def __init__(self, path: EPath):
+        self._url = str(path)
+        self._fs = path.fs
+        self._process = os.getpid()
+
+    def get(self) -> StorageClient:
+        """The client of this process."""
+        if self._process != os.getpid():
+            self._fs = EPath(self._url).fs
+            self._process = os.getpid()
+        return self._fs
+
+
+class ObjectStore(FileStore[bytes]):
+    """Objects below one prefix of an object store, by name.
+
+    Raises:
+        DataError: there is nothing below the prefix, or the store cannot be reached.
+    """
+
+    def __init__(self, root: EPath):
+        self._root = root
+        self._client = _Client(root)
+        if not _ask(root.is_dir, f"cannot open the media folder {root}"):
+            raise DataError(f"the media folder {root} does not exist or holds no object")
 
     def __getitem__(self, key: str) -> tuple[bytes, SourceInfo]:
         check_name(key)
+        # Not EPath's "/": names such as msc://OTHER/x would leave the root.
+        path = str(self._root.internal_path / key)
+
+        def read() -> bytes:
+            info = self._client.get().info(path)
+            if info.type != "file":
+                raise FileNotFoundError(path)
+            _check_size(key, info.content_length)
+            return bytes(self._client.get().read(path))
+
         try:
-            return self.inner[key]
-        except (KeyError, FileNotFoundError, ValueError) as error:  # ValueError: a name without a suffix
-            raise BadSample("missing_file", f"no entry {key!r} in {self.get_path()}") from error
+            content = _ask(read, f"cannot read {key!r} from {self._root}")
+        except FileNotFoundError as error:
+            raise BadSample("missing_file", f"no object {key!r} in {self._root}") from error
+        return content, SourceInfo(dataset_path=self._root, index=key, shard_name=str(self._root), file_names=(key,))
 
     def get_path(self) -> str:
-        return self.inner.get_path()
+        return str(self._root)
+
+
+class ShardStore(FileStore[bytes]):
+    """Entries of tar shards, each read at its offset (energon's own store reads a remote shard whole for each entry).
+
+    Args:
+        inner: energon's store; its index says where entries lie.
+
+    Raises:
+        DataError: the index lists no entries (an early version of energon wrote it).
+    """
+
+    def __init__(self, inner: WebdatasetFileStore):
+        self._inner = inner
+        self._root = inner.base_path
+        self._client = None if self._root.is_local() else _Client(self._root)
+        if not inner.db_has_sample_parts:
+            raise DataError(f"the index of {self._root} lists no entries: an early energon wrote it; prepare it again")
+
+    def __getitem__(self, key: str) -> tuple[bytes, SourceInfo]:
+        check_name(key)
+        parts = split_name_re.match(key)  # energon indexes no name without a suffix
+        try:
+            if parts is None:
+                raise KeyError(key)
+            entry = self._inner.sqlite_reader.get_sample_part(*parts.groups())
+        except KeyError as error:
+            raise BadSample("missing_file", f"no entry {key!r} in {self._root}") from error
+        _check_size(key, entry.raw_byte_size)
+        shard = self._inner.tar_filepaths[entry.tar_file_id]
+        failed = f"cannot read entry {key!r} from {shard}"
+        try:
+            content = _ask(lambda: self._read(shard, entry.raw_byte_offset, entry.raw_byte_size), failed)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{failed}: the index names this shard, but it is not there; copy the whole folder again"
+            ) from error
+        if len(content) != entry.raw_byte_size:
+            raise DataError(
+                f"{failed}: found {len(content)} bytes, the index says {entry.raw_byte_size}: the shard is incomplete "
+                "or the index belongs to another one; copy the whole folder again"
+            )
+        source = SourceInfo(dataset_path=self._root, index=key, shard_name=shard.name, file_names=(key,))
+        return content, source
+
+    def _read(self, shard: EPath, offset: int, size: int) -> bytes:
+        if size == 0:  # a range of no bytes cannot be asked for
+            return b""
+        path = str(shard.internal_path)
+        if self._client is not None:
+            return bytes(self._client.get().read(path, byte_range=Range(offset, size)))
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            file.seek(offset)
+            return file.read(size)
+
+    def get_path(self) -> str:
+        return str(self._root)
 
 
 def checked_store(store: FileStore[bytes]) -> FileStore[bytes]:
     """Put the right check around a store that energon opened.
 
     Raises:
-        DataError: it is a local folder that does not exist (energon itself does not look).
+        DataError: it is a folder that does not exist (energon itself does not look), or see `ShardStore`.
     """
-    path = EPath(store.get_path())
-    is_folder = isinstance(store, SystemFileStore) and path.is_local()
-    return FolderStore(MediaFolder(path.local_path())) if is_folder else CheckedStore(store)
+    if isinstance(store, WebdatasetFileStore):
+        return ShardStore(store)
+    if not isinstance(store, SystemFileStore) or store.base_dir is None:
+        raise DataError(f"{store.get_path()} is a {type(store).__name__}, expected a folder or tar shards")
+    path = store.base_dir
+    return FolderStore(MediaFolder(path.local_path())) if path.is_local() else ObjectStore(path)
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        raise BadSample("file_too_large", f"{name!r} has {size} bytes, at most {MAX_FILE_BYTES}")
+
+
+def _ask(request: Callable[[], _Answer], failed: str) -> _Answer:
+    """Ask a store. It may answer or say FileNotFoundError; everything else is a DataError."""
+    try:
+        return request()
+    except (BadSample, FileNotFoundError):
+        raise
+    except Exception as error:  # stores have no common error, and none of theirs is a sample's fault
+        raise DataError(
+            f"{failed}: {type(error).__name__}: {error}. The client has given up after the tries that its profile "
+            "allows (docs/data.md, Object stores). When the store answers again, the same command resumes the run"
+        ) from error
