@@ -1,9 +1,8 @@
-"""Rows, tar shards and single images on an S3-compatible store: a local server behind a proxy that loses connections."""
+"""Rows, shards and single images on an S3-compatible store: a local server behind a proxy that loses connections."""
 
 import json
 import logging
 import re
-import os
 import shutil
 import time
 from collections import Counter
@@ -278,21 +277,3 @@ def test_single_objects(store: Store, make_loader: Load, num_workers: int, tmp_p
     blend.write_text(f"{head}      image: filesystem+msc://store/plane\n")
     with pytest.raises(DataError, match=r"media folder msc://store/plane does not exist"):
         make_loader(blend)
-
-
-def test_a_local_cache_of_the_client(store: Store, make_loader: Load, tmp_path: Path):
-    """The profile file may name a cache: the second pass asks for no image."""
-    config = json.loads((tmp_path / "msc.yaml").read_text())
-    cache = {"size": "10M", "location": str(tmp_path / "cache"), "cache_line_size": "1M", "check_source_version": False}
-    (tmp_path / "msc.yaml").write_text(json.dumps(config | {"cache": cache}))
-    _reinitialize_after_fork()
-    expected = read_pass(make_loader(store.local))
-    loader = make_loader(store.remote)
-    assert_same(read_pass(loader), expected)
-    before = len(store.proxy.requests)
-    again = read_pass(loader)
-    assert sum(len(row.keys) for row in again) == ROWS - 1 and len(store.proxy.requests) == before
-    store.proxy.faults.append(Fault(".tar", "cut", 10**6))
-    shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(DataError, match="cannot read entry"):
-        read_pass(make_loader(store.remote))
