@@ -35,6 +35,11 @@ from qwen3_vlm.errors import DataError
 _ALONE = WorkerConfig(rank=0, world_size=1, num_workers=0)
 """energon's readers see one process; who reads which sample is decided in front of them."""
 
+_OPEN_ERRORS = (
+    *(AssertionError, ValueError, TypeError, KeyError, OSError),  # energon reports user errors as these
+    *(RuntimeError, RetryableError, ImportError),  # object stores; ImportError: boto3 is not installed
+)
+
 
 class SampleSource:
     """The samples of one split, numbered over its leaves in the order of the metadataset.
@@ -117,13 +122,11 @@ def load_leaves(path: str, *, split: str) -> list[LoadedDataset]:
         loaded = load_dataset(EPath(str(file))).get_datasets(training=False, split_part=split, worker_config=_ALONE)
         for leaf in loaded.datasets:
             leaf.dataset = _keep_lines_raw(leaf.dataset)
-    except (RuntimeError, RetryableError, PermissionError, ImportError) as error:  # object stores, and boto3 missing
-        raise DataError(
-            f"{file}: cannot open split {split!r}: {type(error).__name__}: {error}. Is the store up, and does the "
-            "profile hold its address and your credentials (docs/data.md, Object stores)?"
-        ) from error
-    except (AssertionError, ValueError, TypeError, KeyError, OSError) as error:  # energon reports user errors as these
-        raise DataError(f"{file}: cannot open split {split!r}: {type(error).__name__}: {error}") from error
+    except _OPEN_ERRORS as error:
+        said = f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
+        of_store = error.__cause__ or isinstance(error, (RuntimeError, RetryableError, PermissionError, ImportError))
+        hint = ". If it lies in an object store: docs/data.md, Object stores" if of_store else ""
+        raise DataError(f"{file}: cannot open split {split!r}: {said}{hint}") from error
     if loaded.blend_mode is DatasetBlendMode.DATASET_WEIGHT:
         raise DataError(
             f"{file}: split {split!r} is a weighted blend, which never ends and repeats samples at random; "

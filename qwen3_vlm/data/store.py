@@ -118,12 +118,15 @@ class FolderStore(FileStore[bytes]):
 
 
 class _Client:
-    """The multi-storage client of a path's profile, one a process: forked ones would share its open connections."""
+    """The multi-storage client of a path's profile, opened by the process that asks.
+
+    A path keeps the client of the process that made it. Forked processes that used it would share its open
+    connections and get each other's answers.
+    """
 
     def __init__(self, path: EPath):
         self._url = str(path)
-        self._fs = path.fs
-        self._process = os.getpid()
+        self._process: int | None = None
 
     def get(self) -> StorageClient:
         """The client of this process."""
@@ -143,7 +146,7 @@ class ObjectStore(FileStore[bytes]):
     def __init__(self, root: EPath):
         self._root = root
         self._client = _Client(root)
-        if not _ask(root.is_dir, f"cannot open the media folder {root}"):
+        if not _ask(EPath(str(root)).is_dir, f"cannot open the media folder {root}"):
             raise DataError(f"the media folder {root} does not exist or holds no object")
 
     def __getitem__(self, key: str) -> tuple[bytes, SourceInfo]:

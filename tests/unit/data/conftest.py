@@ -1,6 +1,7 @@
 """Fixtures of the data room: tokenizer, modalities, prepared folders of generated rows, loaders."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from qwen3_vlm.config.schema import DataConfig, ModalityConfig, ResamplerConfig
 from qwen3_vlm.data.chat import ChatEncoder
 from qwen3_vlm.data.loader import RowLoader
 from qwen3_vlm.data.order import Share
+from qwen3_vlm.data.prepare import Form, shards
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.modality.base import Modality
 from qwen3_vlm.modality.registry import MODALITIES, build_modalities
@@ -48,10 +50,18 @@ def chat(tokenizer: ChatTokenizer, modalities: dict[str, Modality]) -> ChatEncod
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> Callable[..., Path]:
-    """Write rows (dicts, or raw lines) as a prepared folder, with an image for every name without a file."""
+    """Write rows (dicts, or raw lines) as a prepared folder, with an image for every name without a file.
+
+    form tar puts the images into shards of eight and renames them in the rows, as preparation does; names that have no
+    file stay.
+    """
 
     def write(
-        rows: list[dict | str], *, images: dict[str, bytes] | None = None, stores: dict[str, Path] | None = None
+        rows: list[dict | str],
+        *,
+        images: dict[str, bytes] | None = None,
+        stores: dict[str, Path] | None = None,
+        form: Form = Form.jsonl,
     ) -> Path:
         folder, root = tmp_path / "data", tmp_path / "data" / "images"
         root.mkdir(parents=True, exist_ok=True)
@@ -59,10 +69,19 @@ def make_data(tmp_path: Path) -> Callable[..., Path]:
             (root / f"s{i}.jpg").write_bytes(jpeg(i))
         for name, content in (images or {}).items():
             (root / name).write_bytes(content)
+        aux = "".join(f"\n      {name}: filesystem://{path}" for name, path in (stores or {"image": root}).items())
+        if form is Form.tar:
+            files = sorted(path.name for path in root.iterdir())
+            shards.write_shards([(root, name) for name in files], folder, size=8, jobs=1)
+            entries = {name: shards.entry_name(i, name) for i, name in enumerate(files)}
+            rows = [
+                row | {"media": {"image": [entries.get(name, name) for name in row["media"]["image"]]}} for row in rows
+            ]
+            aux = f"\n      image: {shards.FOLDER}"
+            shutil.rmtree(root)
         lines = [line if isinstance(line, str) else json.dumps(line) for line in rows]
         (folder / "train.jsonl").write_text("".join(line + "\n" for line in lines))
         CrudeJsonlDatasetFactory.prepare_dataset(EPath(folder / "train.jsonl"))
-        aux = "".join(f"\n      {name}: filesystem://{path}" for name, path in (stores or {"image": root}).items())
         (folder / "dataset.yaml").write_text(
             "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n"
             f"  train:\n    path: train.jsonl\n    aux:{aux}\n"

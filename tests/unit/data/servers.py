@@ -1,6 +1,7 @@
 """Local servers that speak as the places do that data comes from, and lose connections on purpose."""
 
 import hashlib
+import http.client
 import json
 import re
 import threading
@@ -115,6 +116,89 @@ def serve(served: Served, *, repo: str | None = None) -> Iterator[Served]:
     served.url = f"http://127.0.0.1:{server.server_port}"
     try:
         yield served
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@dataclass
+class Fault:
+    """What the next requests meet that ask for a path with `match` in it."""
+
+    match: str
+    kind: str
+    """reset: closed without an answer; cut: closed in the middle of the body; 503, 403: an answer of that status."""
+    left: int
+
+    def applies(self, method: str, path: str) -> bool:
+        """Whether a request meets it."""
+        return self.left > 0 and self.match in path and (self.kind != "cut" or method == "GET")
+
+
+@dataclass
+class Proxy:
+    """A proxy that hands requests on, or not."""
+
+    port: int
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    """(method, path, Range)"""
+    url: str = ""
+
+
+class _ProxyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: Proxy
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._hand_on()
+
+    def do_HEAD(self) -> None:
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.proxy.requests.append((self.command, path, self.headers.get("Range")))
+        fault = next((f for f in self.proxy.faults if f.applies(self.command, path)), None)
+        if fault is not None:
+            fault.left -= 1
+        kind = fault.kind if fault else ""
+        self.close_connection = kind != ""
+        if kind == "reset":
+            return
+        if kind.isdigit():
+            self.send_response(int(kind))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", self.proxy.port)
+        upstream.request(self.command, self.path, headers=dict(self.headers))
+        answer = upstream.getresponse()
+        body = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("connection", "transfer-encoding", "server", "date"):
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if kind == "cut" else body)
+        upstream.close()
+
+
+@contextmanager
+def serve_proxy(port: int) -> Iterator[Proxy]:
+    """Stand in front of a local server."""
+    proxy = Proxy(port)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_ProxyHandler,), {"proxy": proxy}))
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    proxy.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield proxy
     finally:
         server.shutdown()
         thread.join()

@@ -16,6 +16,7 @@ from qwen3_vlm.config.schema import DataConfig, OnError
 from qwen3_vlm.data import loader as loader_module
 from qwen3_vlm.data.loader import RowLoader
 from qwen3_vlm.data.order import Share
+from qwen3_vlm.data.prepare import Form
 from qwen3_vlm.data.sample import PackedRow
 from qwen3_vlm.data.source import train_samples
 from qwen3_vlm.data.tokenizer import ChatTokenizer
@@ -45,10 +46,11 @@ def assert_equal(a: PackedRow, b: PackedRow) -> None:
         assert torch.equal(a.media[name].positions, b.media[name].positions)
 
 
+@pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
-def test_each_sample_once_a_pass(make_data: Make, make_loader: Load, dp_size: int, num_workers: int):
-    path = make_data(good_rows(31))
+def test_each_sample_once_a_pass(make_data: Make, make_loader: Load, dp_size: int, num_workers: int, form: Form):
+    path = make_data(good_rows(31), form=form)
     orders = []
     loaders = [make_loader(path, dp_rank=rank, dp_size=dp_size, num_workers=num_workers) for rank in range(dp_size)]
     for _ in range(2 if num_workers == 0 else 1):
@@ -157,11 +159,13 @@ def keys_of(packed: PackedRow) -> list[str]:
     return packed.keys
 
 
-def test_resume_with_other_ranks_workers_and_batches(make_data: Make, make_loader: Load):
+@pytest.mark.parametrize("form", Form)
+def test_resume_with_other_ranks_workers_and_batches(make_data: Make, make_loader: Load, form: Form):
     """In the middle of a pass DP 2 -> 1 -> 4, and with other batch sizes and workers: the rows, step by step."""
-    path = make_data(good_rows(60))
-    expected = [packed.keys for packed in read_pass(make_loader(path))]
-    got: list[list[list[str]]] = []
+    rows = [*good_rows(60), row("gone"), row("nosuffix", images=["s1"])]
+    path = make_data(rows, images={"s7.jpg": b"broken"}, form=form)
+    expected = [found(packed) for packed in read_pass(make_loader(path))]
+    got = []
     state = None
     for dp_size, batch, num_workers, steps in [(2, 4, 0, 2), (1, 4, 2, 1), (4, 4, 0, 1), (1, 3, 1, None)]:
         shape = {"global_batch_size": batch, "dp_size": dp_size, "num_workers": num_workers}
@@ -174,13 +178,22 @@ def test_resume_with_other_ranks_workers_and_batches(make_data: Make, make_loade
             if None in parts:
                 assert parts == [None] * dp_size
                 break
-            got.append(sorted(packed.keys for part in parts for packed in part or []))
+            got.append(sorted(found(packed) for part in parts for packed in part or []))
             steps = None if steps is None else steps - 1
         states = [as_saved(loader.state_dict()) for loader in ranks]
         state = states[0]
         assert all(other == state for other in states)
-    rows = iter(expected)
-    assert got == [sorted(islice(rows, len(step))) for step in got] and next(rows, None) is None
+    in_order = iter(expected)
+    assert got == [sorted(islice(in_order, len(step))) for step in got] and next(in_order, None) is None
+    seen = Counter(key for step in got for kept, skipped, _ in step for key in [*kept, *skipped])
+    assert seen == Counter(row["id"] for row in rows), "every key once"
+    reasons = {key: reason for step in got for _, skipped, _ in step for key, reason in skipped.items()}
+    assert reasons == {"s7": "corrupt_image", "gone": "missing_file", "nosuffix": "missing_file"}
+
+
+def found(packed: PackedRow) -> tuple[list[str], dict[str, str], float]:
+    """What a row holds: keys, skips, and a number that its pixels give."""
+    return packed.keys, skips([packed]), float(packed.media["image"].data.double().sum())
 
 
 def test_ranks_share_the_measuring(
