@@ -27,6 +27,8 @@ class Reference:
 
     llm: Qwen3ForCausalLM
     tower: SiglipVisionModel
+    image_processor: SiglipImageProcessorPil
+    """Of the tower's folder; resizes with Pillow, so that its resize is not used."""
     tokenizer: PreTrainedTokenizerFast
     connector: Mapping[str, Tensor]
     """`resampler.*` and `projector.*` of the checkpoint, without the tower's prefix; other names are ignored."""
@@ -48,16 +50,17 @@ class Reference:
         transformers' Pillow resize differs by a level of 255 here and there (tests/unit/modality/test_image.py).
         """
         side = self.tower.config.image_size
+        mode = {2: "bilinear", 3: "bicubic"}[self.image_processor.resample]
         resized = [
             F.interpolate(
                 torch.tensor(np.array(load_image(file))).permute(2, 0, 1)[None],
                 (side, side),
-                mode="bicubic",
+                mode=mode,
                 antialias=True,
             )[0]
             for file in files
         ]
-        return SiglipImageProcessorPil(do_resize=False)(images=resized, return_tensors="pt")["pixel_values"]
+        return self.image_processor(images=resized, do_resize=False, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
