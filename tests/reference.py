@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, SiglipVision
 from transformers.image_utils import load_image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-EPS = 1e-6
 Turn = tuple[str, str]
 """(role, content)"""
 
@@ -94,7 +93,10 @@ class Reference:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = (self.connector[f"resampler.{name}.{part}"] for part in ("weight", "bias"))
         centred = x - x.mean(-1, keepdim=True)
-        return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + EPS) * weight + bias
+        return (
+            centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + self.tower.config.layer_norm_eps) * weight
+            + bias
+        )
 
     def _resample(self, features: Tensor) -> Tensor:
         """[p, w] -> [N, w]."""
