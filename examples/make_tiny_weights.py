@@ -384,7 +384,7 @@ def make_tokenizer(out_dir: Path, seed: int) -> PreTrainedTokenizerBase:
     }
     (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    loaded = AutoTokenizer.from_pretrained(out_dir)
+    loaded = AutoTokenizer.from_pretrained(out_dir, trust_remote_code=False)
     words = [*COUNT_WORDS, *(f" {word}" for word in (*COLORS, *SHAPES, *ORDINALS, "image", "left", "right", "middle"))]
     split = [word for word in words if len(loaded.encode(word)) != 1]
     if split:

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from qwen3_vlm.checkpoint import layout
 from qwen3_vlm.checkpoint.load import LoadedModel, load_vlm
@@ -54,13 +55,14 @@ class Spec:
     num_tokens: int = 4
     latent_init: str = "pooled"
     feature_layer: int = -1
+    resample: int = 3
 
 
 LAYOUT_SPECS = {
     "kv1_tied": Spec(num_key_value_heads=1, tied=True),
     "kv1_untied": Spec(num_key_value_heads=1),
     "kv8_tied": Spec(num_key_value_heads=8, tied=True),
-    "kv8_untied": Spec(num_key_value_heads=8),
+    "kv8_untied": Spec(num_key_value_heads=8, resample=2),
 }
 """Compared at every layout."""
 CONNECTOR_SPECS = {
@@ -111,6 +113,7 @@ class Case:
         return Reference(
             llm=Qwen3ForCausalLM.from_pretrained(self.folder / "llm", dtype=torch.float32).eval(),
             tower=SiglipVisionModel.from_pretrained(self.folder / "tower", dtype=torch.float32).eval(),
+            image_processor=SiglipImageProcessorPil.from_pretrained(self.folder / "tower"),
             tokenizer=AutoTokenizer.from_pretrained(self.folder / "llm"),
             connector={
                 k.removeprefix(tower): v for k, v in state.items() if k.startswith((f"{tower}res", f"{tower}proj"))
@@ -165,7 +168,7 @@ def _write_case(case: Case, seed: int) -> None:
         num_key_value_heads=spec.num_key_value_heads,
         tie_word_embeddings=spec.tied,
     )
-    write_tower(case.folder / "tower", seed=100 + seed)
+    write_tower(case.folder / "tower", seed=100 + seed, resample=spec.resample)
     overrides = [
         f"modality.image.resampler.num_tokens={spec.num_tokens}",
         f"modality.image.resampler.latent_init={spec.latent_init}",

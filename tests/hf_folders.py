@@ -29,6 +29,9 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
 )
 PLAIN_ADDED_TOKENS = ("<think>", "</think>")
+# No default of transformers or of this package, and far enough from them for logits to tell.
+ROPE_THETA, RMS_NORM_EPS, LAYER_NORM_EPS = 200_000.0, 1e-3, 1e-3
+IMAGE_MEAN, IMAGE_STD = [0.48, 0.45, 0.41], [0.57, 0.56, 0.58]
 
 
 def write_tokenizer(folder: Path, *, more_special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -66,7 +69,8 @@ def write_llm(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": 1024,
-        "rope_theta": 1_000_000.0,
+        "rope_theta": ROPE_THETA,
+        "rms_norm_eps": RMS_NORM_EPS,
         "tie_word_embeddings": False,
     }
     config = Qwen3Config(**(defaults | sizes))
@@ -85,16 +89,22 @@ TOWER_SIZES: dict[str, Any] = {
     "num_attention_heads": 8,
     "image_size": 36,
     "patch_size": 8,
+    "layer_norm_eps": LAYER_NORM_EPS,
 }
 """16 patches; 36 is no multiple of 8, as 384 is none of 14: the last 4 rows and columns are cropped."""
 
 
-def write_tower(folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, **sizes: Any) -> SiglipVisionModel:
-    """A random SigLIP vision model with its image processor; `sizes` are SiglipVisionConfig's."""
+def write_tower(
+    folder: Path, *, seed: int = 1, dtype: torch.dtype = torch.float32, resample: int = 3, **sizes: Any
+) -> SiglipVisionModel:
+    """A random SigLIP vision model with its image processor; `sizes` are SiglipVisionConfig's.
+
+    `resample` is Pillow's code: 3 bicubic, 2 bilinear.
+    """
     model = SiglipVisionModel(SiglipVisionConfig(**(TOWER_SIZES | sizes)))
     randomize(model, seed)
     model.to(dtype).save_pretrained(folder, safe_serialization=True)
-    _write_image_processor(folder, model.config.image_size)
+    _write_image_processor(folder, model.config.image_size, resample)
     return model.float().eval()
 
 
@@ -111,15 +121,15 @@ def write_siglip(folder: Path, *, seed: int = 1) -> SiglipModel:
     return model.eval()
 
 
-def _write_image_processor(folder: Path, image_size: int) -> None:
+def _write_image_processor(folder: Path, image_size: int, resample: int = 3) -> None:
     processor = {
         "image_processor_type": "SiglipImageProcessor",
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "resample": 3,
+        "image_mean": IMAGE_MEAN,
+        "image_std": IMAGE_STD,
+        "resample": resample,
         "rescale_factor": 1 / 255,
         "size": {"height": image_size, "width": image_size},
     }

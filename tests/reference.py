@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, SiglipVision
 from transformers.image_utils import load_image
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-EPS = 1e-6
 Turn = tuple[str, str]
 """(role, content)"""
 
@@ -27,6 +26,8 @@ class Reference:
 
     llm: Qwen3ForCausalLM
     tower: SiglipVisionModel
+    image_processor: SiglipImageProcessorPil
+    """Of the tower's folder; resizes with Pillow, so that its resize is not used."""
     tokenizer: PreTrainedTokenizerFast
     connector: Mapping[str, Tensor]
     """`resampler.*` and `projector.*` of the checkpoint, without the tower's prefix; other names are ignored."""
@@ -48,16 +49,17 @@ class Reference:
         transformers' Pillow resize differs by a level of 255 here and there (tests/unit/modality/test_image.py).
         """
         side = self.tower.config.image_size
+        mode = {2: "bilinear", 3: "bicubic"}[self.image_processor.resample]
         resized = [
             F.interpolate(
                 torch.tensor(np.array(load_image(file))).permute(2, 0, 1)[None],
                 (side, side),
-                mode="bicubic",
+                mode=mode,
                 antialias=True,
             )[0]
             for file in files
         ]
-        return SiglipImageProcessorPil(do_resize=False)(images=resized, return_tensors="pt")["pixel_values"]
+        return self.image_processor(images=resized, do_resize=False, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
@@ -91,7 +93,10 @@ class Reference:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = (self.connector[f"resampler.{name}.{part}"] for part in ("weight", "bias"))
         centred = x - x.mean(-1, keepdim=True)
-        return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + EPS) * weight + bias
+        return (
+            centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + self.tower.config.layer_norm_eps) * weight
+            + bias
+        )
 
     def _resample(self, features: Tensor) -> Tensor:
         """[p, w] -> [N, w]."""

@@ -7,7 +7,7 @@ written beside its place as OUT.partial and moved there in one step when it is c
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from qwen3_vlm.checkpoint import layout
 from qwen3_vlm.checkpoint.stream import StateReader
 from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig, SiglipEncoderConfig
 from qwen3_vlm.convert import mapping
-from qwen3_vlm.convert.folders import PIL_RESAMPLE, TOKENIZER_FILES
+from qwen3_vlm.convert.folders import PIL_RESAMPLE, TOKENIZER_FILES, read_decoder_config
 from qwen3_vlm.convert.mapping import LANGUAGE_MODEL, Entry
 from qwen3_vlm.convert.output import whole_or_nothing
 from qwen3_vlm.convert.progress import ByteProgress
-from qwen3_vlm.convert.safetensors_files import SafetensorsFolder, SafetensorsWriter, TensorSpec
+from qwen3_vlm.convert.safetensors_files import INDEX, WEIGHTS, SafetensorsFolder, SafetensorsWriter, TensorSpec
 from qwen3_vlm.data.tokenizer import IM_END, PAD
 from qwen3_vlm.errors import CheckpointError, ConfigError
 from qwen3_vlm.hf import folder as hf_folder
@@ -35,6 +35,10 @@ MODEL_PREFIXES = (LANGUAGE_MODEL, "towers.")
 """Names of a checkpoint's model tensors; what else a run saves (optimizer) is no part of an export."""
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 MAX_SHARD_BYTES = 5 * 10**9
+MODEL_CARD = "README.md"
+NOT_LOADED = {MODEL_CARD, "LICENSE", ".gitattributes", ".git", ".cache"}
+"""Names that an export may have besides its own files: the Hub adds them, people write them, and nothing loads them."""
+EMBEDDING = f"{LANGUAGE_MODEL}embedding.word_embeddings.weight"
 
 
 class Part(Enum):
@@ -97,44 +101,102 @@ def export_hf(*, checkpoint: Path, out: Path, part: Part, max_shard_bytes: int =
     return dropped
 
 
-def compare_tensors(*, checkpoint: Path, folder: Path, part: Part) -> tuple[int, list[str]]:
-    """Compare a checkpoint with an exported folder, one tensor at a time.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How a folder differs from a checkpoint; a finding is a name and, in words, how."""
+
+    tensors: int
+    """Compared with each other, or missing."""
+    files: list[str]
+    misfits: list[str]
+    """Tensors that are missing, too many, or of another shape or dtype: there is no model to ask."""
+    values: list[str]
+    """Tensors that fit and hold other values."""
+
+
+def compare_folder(*, checkpoint: Path, folder: Path, part: Part) -> Comparison:
+    """Compare a checkpoint with an export of it, or (llm) with any Qwen3 folder. Nothing of the folder is run.
 
     Args:
         checkpoint: CKPT.
-        folder: an export, or (llm) any Qwen3 folder.
+        folder: an export: all files but README.md are compared byte for byte with what export writes, and none may be
+            added. Another Qwen3: the numbers of its config.json are compared.
         part: what the folder holds.
 
     Returns:
-        How many tensors were compared; what differs: a tensor's name and, in words, how.
+        The findings, one tensor in memory at a time.
 
     Raises:
         CheckpointError, ConfigError: as `export_hf`.
-        WeightsError: the folder's files are damaged.
+        WeightsError: the folder's tensors or its config.json cannot be read.
     """
-    model = _open(layout.resolve(checkpoint))
+    directory = layout.resolve(checkpoint)
+    model = _open(directory)
     entries = _entries(model, part)
     _match(model.state, entries, part)
     held = SafetensorsFolder(folder)
+    files = _different_files(model, part, directory, folder)
     names = held.names()
-    different = []
+    misfits, values = list[str](), list[str]()
     compared = 0
     for entry, layer in _by_layer(entries):
         for name, value in zip(entry.their_names(layer), _theirs(model.state, entry, layer), strict=True):
             compared += 1
             if name not in names:
-                different.append(f"{name}: not in the folder")
+                misfits.append(f"{name}: not in the folder")
                 continue
             names.remove(name)
             if held.shape(name) != tuple(value.shape) or held.dtype(name) != value.dtype:
                 found, expected = (held.dtype(name), held.shape(name)), (value.dtype, tuple(value.shape))
-                different.append(f"{name}: {found} in the folder, {expected} in the checkpoint")
-                continue
-            as_bytes = [t.contiguous().view(-1).view(torch.uint8) for t in (held.read(name), value)]
-            if not torch.equal(*as_bytes):
-                values = int((as_bytes[0] != as_bytes[1]).view(-1, value.element_size()).any(dim=1).sum())
-                different.append(f"{name}: {values} of {value.numel()} values")
-    return compared, different + [f"{name}: not in the checkpoint" for name in sorted(names)]
+                misfits.append(f"{name}: {found} in the folder, {expected} in the checkpoint")
+            elif different := _different_values(held.read(name), value):
+                values.append(f"{name}: {different} of {value.numel()} values")
+    if model.decoder.tie_word_embeddings and mapping.LM_HEAD in names:  # as some tied models are published
+        names.remove(mapping.LM_HEAD)
+        compared += 1
+        if not _is_tied_head(held, entries):
+            misfits.append(f"{mapping.LM_HEAD}: not the embedding, and the model is tied")
+    misfits += [f"{name}: not in the checkpoint" for name in sorted(names)]
+    return Comparison(tensors=compared, files=files, misfits=misfits, values=values)
+
+
+def _different_values(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Number of values of one dtype and shape with different bits."""
+    as_bytes = [t.contiguous().view(-1).view(torch.uint8) for t in (a, b)]
+    if torch.equal(*as_bytes):
+        return 0
+    return int((as_bytes[0] != as_bytes[1]).view(-1, a.element_size()).any(dim=1).sum())
+
+
+def _is_tied_head(held: SafetensorsFolder, entries: list[Entry]) -> bool:
+    embedding = next(entry.theirs[0] for entry in entries if entry.ours == EMBEDDING)
+    if embedding not in held.names():
+        return False
+    kinds = [(held.shape(name), held.dtype(name)) for name in (mapping.LM_HEAD, embedding)]
+    return kinds[0] == kinds[1] and not _different_values(held.read(mapping.LM_HEAD), held.read(embedding))
+
+
+def _different_files(model: _Model, part: Part, directory: Path, folder: Path) -> list[str]:
+    expected = {name: text.encode() for name, text in _text_files(model, part, directory, folder.name).items()}
+    expected.pop(MODEL_CARD, None)
+    different = {
+        name for name, raw in expected.items() if not (folder / name).is_file() or (folder / name).read_bytes() != raw
+    }
+    if part is Part.llm and different >= {"config.json", "generation_config.json", hf_folder.CHAT_TEMPLATE}:
+        ours, theirs = asdict(model.decoder), asdict(read_decoder_config(folder))  # not an export
+        return [
+            f"config.json: {key} is {theirs[key]}, {ours[key]} in the checkpoint"
+            for key in ours
+            if key != "name" and ours[key] != theirs[key]
+        ]
+    weights = {WEIGHTS}
+    if (folder / INDEX).is_file():
+        weights = {INDEX, *json.loads((folder / INDEX).read_text())["weight_map"].values()}
+    strange = {path.name for path in folder.iterdir()} - set(expected) - weights - NOT_LOADED
+    return [
+        *(f"{name}: not as export writes it" for name in expected if name in different),
+        *(f"{name}: not a file of an export" for name in sorted(strange)),
+    ]
 
 
 def _open(directory: Path) -> _Model:

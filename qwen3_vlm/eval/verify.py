@@ -1,10 +1,11 @@
-"""verify: does a Hugging Face folder hold the model of a checkpoint? Tensors bit by bit, then both sides' answers.
+"""verify: does a Hugging Face folder hold the model of a checkpoint? Files and tensors, then both sides' answers.
 
-Flow: all tensors are compared while they stream by (one rank) -> transformers' logits in FP32 (one rank, then freed) ->
-the Megatron model's at the layout that was asked for (all ranks) -> differences. Logits alone would not do: one changed
-value of one matrix moves them by less than rounding does.
+Flow: an export's files are compared byte for byte, and all tensors while they stream by (one rank) -> transformers'
+logits in FP32 (one rank, then freed) -> the Megatron model's at the layout that was asked for (all ranks) ->
+differences. Logits alone would not do: one changed value of one matrix moves them by less than rounding does.
 
-No code of the folder is run: the classes are this package's own, and the folder's files are compared with them.
+No code of the folder is run: the classes are transformers' or this package's own. transformers reads nothing of a
+folder whose files or shapes differ: its logits are then left out.
 """
 
 import io
@@ -20,9 +21,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from qwen3_vlm.convert.export import Part, compare_tensors
+from qwen3_vlm.convert.export import Comparison, Part, compare_folder
 from qwen3_vlm.convert.folders import is_export
 from qwen3_vlm.data.sample import Message
+from qwen3_vlm.errors import WeightsError
 from qwen3_vlm.eval.generate import Prompt
 from qwen3_vlm.eval.session import Session, open_session
 from qwen3_vlm.hf import folder as hf_folder
@@ -59,17 +61,18 @@ class LogitDifference:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was compared, and what differs."""
+    """What was compared, and what differs: a name and, in words, how."""
 
     tolerance: float
     tensors: int
     different_tensors: list[str]
     different_files: list[str]
     logits: dict[str, LogitDifference] = field(default_factory=dict)
+    """By conversation; empty if files or shapes differ."""
 
     @property
     def passed(self) -> bool:
-        """Equal tensors, equal code, logits within the tolerance."""
+        """Equal tensors, equal files, logits within the tolerance."""
         close = all(found.largest <= self.tolerance for found in self.logits.values())
         return not self.different_tensors and not self.different_files and close
 
@@ -81,7 +84,9 @@ class Verification:
         """For people."""
         lines = [f"{self.tensors} tensors compared bit by bit, {len(self.different_tensors)} differ"]
         lines += [f"  {name}" for name in self.different_tensors[:20]]
-        lines += [f"{name} is not this version's file" for name in self.different_files]
+        lines += [f"{len(self.different_files)} files differ"] if self.different_files else []
+        lines += [f"  {name}" for name in self.different_files]
+        lines += [] if self.logits else ["logits were not compared, since files or shapes differ"]
         lines += [
             f"{name}: {found.tokens} positions, largest difference {found.largest:.2e}, smallest cosine "
             f"{found.cosine:.9f}"
@@ -109,12 +114,12 @@ def verify(*, checkpoint: str, hf: Path, tolerance: float, overrides: Sequence[s
     names = list(CONVERSATIONS) if part is Part.all else ["text"]
     media = {name: _pictures(name) for name in names}
     expected: dict[str, tuple[list[int], Tensor]] = {}
-    compared, different, files = 0, list[str](), list[str]()
+    compared = Comparison(tensors=0, files=[], misfits=[], values=[])
     is_first = topologies.rank_from_env() == 0
     if is_first:
-        compared, different = compare_tensors(checkpoint=Path(checkpoint), folder=hf, part=part)
-        files = _different_files(hf) if part is Part.all else []
-        expected = _transformers_logits(hf, part, media)
+        compared = compare_folder(checkpoint=Path(checkpoint), folder=hf, part=part)
+        if not compared.files and not compared.misfits:
+            expected = _transformers_logits(hf, part, media)
     with open_session(checkpoint, overrides) as session:
         found = {name: _megatron_logits(session, name, media[name]) for name in names}
         dist.barrier()
@@ -122,16 +127,11 @@ def verify(*, checkpoint: str, hf: Path, tolerance: float, overrides: Sequence[s
         return None
     return Verification(
         tolerance=tolerance,
-        tensors=compared,
-        different_tensors=different,
-        different_files=files,
-        logits={name: _difference(expected[name], found[name]) for name in names},
+        tensors=compared.tensors,
+        different_tensors=compared.misfits + compared.values,
+        different_files=compared.files,
+        logits={name: _difference(expected[name], found[name]) for name in expected},
     )
-
-
-def _different_files(hf: Path) -> list[str]:
-    own = {name: (hf_folder.HERE / name).read_bytes() for name in (*hf_folder.CODE, hf_folder.CHAT_TEMPLATE)}
-    return [name for name, code in own.items() if not (hf / name).is_file() or (hf / name).read_bytes() != code]
 
 
 def _pictures(name: str) -> list[bytes]:
@@ -148,20 +148,18 @@ def _pictures(name: str) -> list[bytes]:
 
 def _transformers_logits(hf: Path, part: Part, media: Mapping[str, list[bytes]]) -> dict[str, tuple[list[int], Tensor]]:
     """Token ids, and logits [n, v] FP32, by conversation."""
-    tokenizer = AutoTokenizer.from_pretrained(hf)
+    tokenizer, model = _load(hf, part)
     template = hf_folder.chat_template()
     results = {}
     if part is Part.llm:
-        decoder = Qwen3ForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
         for name in media:
             turns = [asdict(message) for message in CONVERSATIONS[name]]
             text = tokenizer.apply_chat_template(
                 turns, chat_template=template, add_generation_prompt=True, tokenize=False
             )
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-            results[name] = _answer(decoder, {"input_ids": ids})
+            results[name] = _answer(model, {"input_ids": ids})
         return results
-    model = Qwen3SiglipForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
     processor = Qwen3SiglipProcessor(
         image_processor=Qwen3SiglipImageProcessor.from_pretrained(hf),
         tokenizer=tokenizer,
@@ -179,6 +177,21 @@ def _transformers_logits(hf: Path, part: Part, media: Mapping[str, list[bytes]])
         )
         results[name] = _answer(model, dict(inputs))
     return results
+
+
+def _load(hf: Path, part: Part) -> tuple[Any, Any]:
+    """Tokenizer, and model in FP32."""
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
+    model: torch.nn.Module
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(hf), local_files_only=True, trust_remote_code=False)
+        if part is Part.llm:
+            model = Qwen3ForCausalLM.from_pretrained(hf, **options)
+        else:
+            model = Qwen3SiglipForConditionalGeneration.from_pretrained(hf, **options)
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise WeightsError(f"transformers cannot load {hf}: {e}") from e
+    return tokenizer, model.eval()
 
 
 @torch.no_grad()

@@ -106,13 +106,13 @@ def generation_config(spec: FolderSpec) -> str:
 
 
 def tokenizer_config(text: str) -> str:
-    """The decoder's tokenizer_config.json for a chat model, without its own template (which adds think blocks).
+    """The decoder's tokenizer_config.json for a chat model, without its own template (which adds think blocks), and
+    without auto_map: who trusts the export's code does not trust what the decoder's folder pointed to.
 
     What transformers 5 wrote is put in words that 4.57 knows too: a tokenizer of no class of its own is called
     PreTrainedTokenizerFast, and a list of further special tokens additional_special_tokens.
     """
-    config = json.loads(text)
-    config.pop("chat_template", None)
+    config = {key: value for key, value in json.loads(text).items() if key not in ("chat_template", "auto_map")}
     if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):

@@ -9,6 +9,9 @@ Pieces, the form between the two: a str is words, a list is token ids; neighbour
 empty list keeps them apart.
 """
 
+import base64
+import binascii
+import io
 import json
 import os
 import re
@@ -18,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from huggingface_hub import get_session
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tokenizers import Tokenizer
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
 ROLES = ("system", "user", "assistant")
@@ -99,7 +102,11 @@ class Qwen3SiglipImageProcessor(ImageProcessingMixin):
 def upright_rgb(image: Any) -> Image.Image:
     """Load an image if it is a path or URL; turn it upright and make it RGB."""
     if isinstance(image, str) and not os.path.isfile(image):  # noqa: PTH113 (a URL or base64 text is no path)
-        return load_image(image)
+        try:
+            with Image.open(io.BytesIO(_fetch(image))) as opened:
+                return upright_rgb(opened)
+        except (binascii.Error, UnidentifiedImageError) as e:
+            raise ValueError(f"{image[:80]!r} is no path, URL, data URL or base64 text of an image") from e
     if isinstance(image, str | os.PathLike):
         with Image.open(image) as opened:
             return upright_rgb(opened)
@@ -109,6 +116,15 @@ def upright_rgb(image: Any) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _fetch(source: str) -> bytes:
+    """Bytes of a URL, data URL or base64 text; transformers' load_image saturates 16-bit grey before we could scale."""
+    if source.startswith(("http://", "https://")):
+        response = get_session().get(source)
+        response.raise_for_status()
+        return response.content
+    return base64.decodebytes(source.partition(",")[2].encode() if source.startswith("data:") else source.encode())
 
 
 class Qwen3SiglipProcessor(ProcessorMixin):

@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,12 @@ def assert_equal(a: Tensors, b: Tensors) -> None:
     assert a.keys() == b.keys()
     for name, tensor in a.items():
         assert tensor.dtype == b[name].dtype and torch.equal(tensor, b[name]), name
+
+
+def tokens_of(folder: Path, ids: Sequence[int]) -> list[str]:
+    """Added tokens by their ids."""
+    tokens = {t["id"]: t["content"] for t in json.loads((folder / "tokenizer.json").read_text())["added_tokens"]}
+    return [tokens[i] for i in ids]
 
 
 def write_folders(folder: Path, *, dtype: torch.dtype = torch.float32, **sizes: object) -> tuple[Path, Path]:
@@ -142,6 +148,9 @@ def test_the_decoder_alone_answers_as_before(original: Path, tmp_path: Path):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected(ids).logits)
     assert not list((tmp_path / "llm").glob("*.py"))
+    stops = model.generation_config
+    assert tokens_of(tmp_path / "llm", stops.eos_token_id) == ["<|im_end|>", "<|endoftext|>"]
+    assert tokens_of(tmp_path / "llm", [stops.pad_token_id]) == ["<|endoftext|>"] and not stops.do_sample
 
 
 def test_rows_that_pad_the_vocabulary_are_left_behind(checkpoint: Path, exported: Path, tmp_path: Path):
@@ -299,8 +308,7 @@ def test_the_folder_is_complete(exported: Path, original: Path):
     code = {value.split(".")[0] for value in json.loads((exported / "config.json").read_text())["auto_map"].values()}
     assert {f"{module}.py" for module in code} <= names
     stops = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
-    tokens = json.loads((exported / "tokenizer.json").read_text())["added_tokens"]
-    assert [t["content"] for i in stops for t in tokens if t["id"] == i] == ["<|im_end|>", "<|endoftext|>"]
+    assert tokens_of(exported, stops) == ["<|im_end|>", "<|endoftext|>"]
     text = "".join(path.read_text() for path in exported.iterdir() if path.suffix in (".json", ".md", ".py"))
     assert str(original) not in text  # no path of this machine
 
@@ -332,6 +340,7 @@ def test_import_runs_no_code_of_a_folder(topology: Topology, tmp_path: Path):
     export_hf(checkpoint=tmp_path / "ckpt", out=tmp_path / "hf", part=Part.all)
     assert not proof.exists()
     assert not list((tmp_path / "ckpt").rglob("*.py")) and not (tmp_path / "hf" / "evil.py").exists()
+    assert not [path for path in (tmp_path / "hf").glob("*.json") if "evil" in path.read_text()]
 
 
 # Whole or not at all.

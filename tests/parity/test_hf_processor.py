@@ -1,9 +1,13 @@
 """The exported processor makes the token ids, the text and the pixels that training makes."""
 
+import base64
 import io
 import json
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from unittest import mock
 
 import numpy as np
@@ -365,6 +369,42 @@ def test_pixels_equal_trainings(processor: ProcessorMixin, tmp_path: Path, form:
             message = {"role": "user", "content": [{"type": "image", "image": image}]}
             inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
             assert torch.equal(inputs["pixel_values"], got)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder and the URL that it is served under."""
+    folder = tmp_path_factory.mktemp("served")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        Thread(target=served.serve_forever).start()
+        yield folder, f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+@pytest.mark.parametrize("form", ["I;16 PNG", "I;16 TIFF", "RGBA PNG", "orientation 6", "animated GIF"])
+def test_pixels_are_the_same_wherever_the_bytes_come_from(
+    processor: ProcessorMixin, server: tuple[Path, str], form: str
+):
+    """transformers' own loading would saturate 16-bit grey."""
+    (server[0] / "file").write_bytes(FILES[form])
+    text = base64.b64encode(FILES[form]).decode()
+    expected = model_pixels(FILES[form], Resample.bicubic)
+    for image in (text, f"data:image/png;base64,{text}", f"{server[1]}/file"):
+        message = {"role": "user", "content": [{"type": "image", "image": image}]}
+        inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"][0], expected), image[:20]
+
+
+@pytest.mark.parametrize("image", ["missing.png", "aaaa", "data:image/png;base64,aaa"])
+def test_what_is_no_image_is_refused(processor: ProcessorMixin, image: str):
+    with pytest.raises(ValueError, match=f"'{image}' is no path, URL, data URL or base64 text"):
+        processor.image_processor(image)
+
+
+def test_a_url_without_a_file_is_refused(processor: ProcessorMixin, server: tuple[Path, str]):
+    with pytest.raises(Exception, match="404"):
+        processor.image_processor(f"{server[1]}/missing")
 
 
 def test_the_towers_resample_is_used(exported: Path):

@@ -80,6 +80,7 @@ def test_the_card_holds_every_field():
     [
         ({"chat_template": "<think>", "tokenizer_class": "Qwen2Tokenizer"}, {"tokenizer_class": "Qwen2Tokenizer"}),
         ({"tokenizer_class": "TokenizersBackend"}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
+        ({"auto_map": {"AutoTokenizer": ["a--b.C", None]}}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
         ({}, {"tokenizer_class": "PreTrainedTokenizerFast"}),
         (
             {"tokenizer_class": "Qwen2Tokenizer", "extra_special_tokens": ["<|box|>"]},
