@@ -62,7 +62,8 @@ def read_metadata(directory: Path) -> Metadata:
     """`.metadata` of a state folder, through a restricted unpickler.
 
     Raises:
-        CheckpointError: it is missing, damaged, refers to anything but checkpoint classes, or to files elsewhere.
+        CheckpointError: it is missing, damaged, refers to anything but checkpoint classes, to files elsewhere or to
+            transforms of what the files hold.
     """
     path = directory / METADATA
     with _refusing(path), path.open("rb") as file:
@@ -73,6 +74,10 @@ def read_metadata(directory: Path) -> Metadata:
             name = stored.relative_path
             if Path(name).name != name:
                 raise pickle.UnpicklingError(f"it refers to the file {name!r} outside its folder")
+            # torch would transform the bytes before it unpickles them: what `read_objects` checks is not what it reads
+            transforms = getattr(stored, "transform_descriptors", None)
+            if transforms:
+                raise pickle.UnpicklingError(f"it asks for the transforms {transforms!r} of {name}, expected none")
     return metadata
 
 
