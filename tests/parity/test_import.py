@@ -117,6 +117,35 @@ def test_a_stored_head_of_a_tied_model_is_dropped_by_name(
     assert import_folders(llm, tower, tmp_path / "ckpt")[str(llm)] == ["lm_head.weight"]
 
 
+@pytest.mark.parametrize("change", [lambda e: e + 1, lambda e: e[:-1].clone()], ids=["values", "shape"])
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(
+    topology: Topology, tmp_path: Path, folders: tuple[Path, Path], change: Callable[[Tensor], Tensor]
+):
+    llm, tower = tmp_path / "tied", folders[1]
+    write_llm(llm, num_hidden_layers=2, tie_word_embeddings=True)
+    rewrite_tensors(llm, lambda t: t | {"lm_head.weight": change(t["model.embed_tokens.weight"])})
+    with pytest.raises(WeightsError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        import_folders(llm, tower, tmp_path / "ckpt")
+
+
+def test_two_names_of_one_tensor_are_refused(topology: Topology, tmp_path: Path, folders: tuple[Path, Path]):
+    llm, tower = folders
+    name = "embeddings.patch_embedding.bias"
+    rewrite_tensors(
+        tower,
+        lambda ts: ts | {n + name: torch.full((48,), float(len(n))) for n in ("", "vision_model.")},
+    )
+    with pytest.raises(WeightsError, match=rf"{tower}: {name} and vision_model\.{name} are the same tensor"):
+        import_folders(llm, tower, tmp_path / "ckpt")
+
+
+def test_a_decoder_has_no_vision_prefix(topology: Topology, tmp_path: Path, folders: tuple[Path, Path]):
+    llm, tower = folders
+    rewrite_tensors(llm, lambda ts: {f"vision_model.{name}": t for name, t in ts.items()})
+    with pytest.raises(WeightsError, match=r"unused \['vision_model\."):
+        import_folders(llm, tower, tmp_path / "ckpt")
+
+
 def without(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {n: t for n, t in tensors.items() if n != name}
 
@@ -176,6 +205,7 @@ def test_an_index_names_only_files_of_its_folder(topology: Topology, tmp_path: P
     llm, tower = folders
     index = '{"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}'
     (llm / "model.safetensors.index.json").write_text(index)
+    (llm / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"\.\./elsewhere\.safetensors"):
         import_folders(llm, tower, tmp_path / "ckpt")
 
