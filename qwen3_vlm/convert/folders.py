@@ -11,20 +11,12 @@ from typing import Any
 
 from transformers import Qwen3Config, SiglipVisionConfig
 
+from qwen3_vlm.checkpoint.layout import IMAGE_PROCESSOR_FILE, TOKENIZER_FILES
 from qwen3_vlm.config.schema import DecoderConfig, LatentInit, Resample, ResamplerConfig, SiglipEncoderConfig
 from qwen3_vlm.errors import WeightsError
 
 EXPORT_MODEL_TYPE = "qwen3_siglip_vlm"
 """config.json's model_type of a folder that tools/convert.py export wrote."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 PIL_RESAMPLE = {2: Resample.bilinear, 3: Resample.bicubic}
 """PIL.Image.Resampling codes that preprocessor_config.json may name."""
 

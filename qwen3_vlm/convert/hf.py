@@ -244,10 +244,14 @@ def import_hf(
         connector = fresh_connector(modality, decoder, tower, seed=seed, dtype=dtype)
     chunks = [chunk for source in sources.values() for chunk in _chunks(source)] + _fresh_chunks(connector)
     total = sum(chunk.num_bytes for chunk in chunks)
+    history = layout.read_history(llm)
+    history += [one for one in layout.read_history(vision) if one not in history]
+    existed = out.exists()
     layout.start(out)
-    with whole_or_nothing(out, total), ByteProgress("import", total) as progress:
+    with whole_or_nothing(out, total, keep=existed), ByteProgress("import", total) as progress:
         copy_processor_files(llm, vision, out / layout.PROCESSOR)
         write_state(chunks, out / layout.STATE, progress.add)
+        layout.write_history(out, history)
         config = {"model": to_dict(decoder), "modality": to_dict(modalities)}
         layout.write_manifest(out, layout.Manifest(step=0, config=config, progress={}))
     return {folder: source.dropped for folder, source in sources.items()}
