@@ -105,7 +105,7 @@ def verify(
 
 
 def _print_dropped(source: str, dropped: list[str]) -> None:
-    print(f"{source}: {len(dropped)} tensors are dropped by design" + (":" if dropped else ""))
+    print(f"{source}: {len(dropped)} parts are dropped by design" + (":" if dropped else ""))
     for name in dropped:
         print(f"  {name}")
 

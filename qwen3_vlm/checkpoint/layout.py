@@ -199,11 +199,8 @@ def start(checkpoint: Path, *, replace: bool = False) -> None:
     Raises:
         CheckpointError: a complete checkpoint (unless it may be replaced) or something else stands there already.
     """
-    if (checkpoint / MANIFEST).exists():
-        if not replace:
-            raise CheckpointError(
-                f"{checkpoint} already holds a complete checkpoint: choose another folder or remove it"
-            )
+    if (checkpoint / MANIFEST).exists() and not replace:
+        raise CheckpointError(f"{checkpoint} already holds a complete checkpoint: choose another folder or remove it")
     if checkpoint.exists() and not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is a file: choose another folder")
     strange = _strange(checkpoint)

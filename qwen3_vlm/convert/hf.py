@@ -20,7 +20,7 @@ from qwen3_vlm.config.compose import to_dict
 from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig
 from qwen3_vlm.convert import mapping
 from qwen3_vlm.convert.connector import fresh_connector
-from qwen3_vlm.convert.folders import copy_processor_files, is_export, is_whole_export
+from qwen3_vlm.convert.folders import is_export, is_whole_export, processor_files
 from qwen3_vlm.convert.mapping import Entry
 from qwen3_vlm.convert.output import whole_or_nothing
 from qwen3_vlm.convert.progress import ByteProgress
@@ -225,15 +225,16 @@ def import_hf(
         seed: of the fresh resampler and projector.
 
     Returns:
-        Folder -> names of tensors that are dropped by design.
+        Folder -> names of what is dropped by design: tensors, and keys of its processor's files.
 
     Raises:
-        WeightsError: the folders do not fit their config.json.
+        WeightsError: the folders do not fit their config.json, or the tokenizer does not fit.
         CheckpointError: `out` is taken.
         DiskFullError: there is no room for the checkpoint; what was written is removed.
     """
     ((name, modality),) = modalities.items()
     tower = f"towers.{name}."
+    files, left_out = processor_files(llm, vision, decoder.vocab_size, modalities)
     connector: dict[str, Tensor] = {}
     if is_whole_export(llm, vision):
         sources = {str(llm): _whole_source(llm, decoder, modality, tower)}
@@ -249,9 +250,11 @@ def import_hf(
     existed = out.exists()
     layout.start(out)
     with whole_or_nothing(out, total, keep=existed), ByteProgress("import", total) as progress:
-        copy_processor_files(llm, vision, out / layout.PROCESSOR)
+        (out / layout.PROCESSOR).mkdir()
+        for file, content in files.items():
+            (out / layout.PROCESSOR / file).write_bytes(content)
         write_state(chunks, out / layout.STATE, progress.add)
         layout.write_history(out, history)
         config = {"model": to_dict(decoder), "modality": to_dict(modalities)}
         layout.write_manifest(out, layout.Manifest(step=0, config=config, progress={}))
-    return {folder: source.dropped for folder, source in sources.items()}
+    return {folder: source.dropped + left_out[folder] for folder, source in sources.items()}

@@ -121,8 +121,8 @@ class SafetensorsFolder:
         stored = self._stored[name]
         if stored.dtype not in DTYPES:
             raise WeightsError(
-                f"{self.folder}: {name} is {stored.dtype}; weights of {', '.join(DTYPES)} are read. Convert it to one of "
-                "them, or take the folder of the model before it was quantised."
+                f"{self.folder}: {name} is {stored.dtype}; weights of {', '.join(DTYPES)} are read. Convert it to "
+                "one of them, or take the folder of the model before it was quantised."
             )
         return DTYPES[stored.dtype]
 

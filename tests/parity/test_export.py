@@ -189,6 +189,21 @@ def test_a_state_that_does_not_fit_is_refused_before_writing(
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("damage", ["missing", "short", "evil"])
+def test_a_damaged_state_is_refused_before_writing(checkpoint: Path, tmp_path: Path, damage: str):
+    (file,) = (checkpoint / layout.STATE).glob("*.distcp")
+    if damage == "missing":
+        file.unlink()
+    elif damage == "short":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        torch.save({"x": Path}, checkpoint / layout.STATE / "common.pt")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="is missing" if damage == "missing" else "is not read"):
+        export_hf(checkpoint=checkpoint, out=tmp_path / "hf", part=Part.all)
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_a_flipped_tensor_is_refused_before_import_writes(tmp_path: Path):
     llm, tower = write_folders(tmp_path)
     name = "model.layers.1.mlp.gate_proj.weight"
@@ -236,7 +251,7 @@ def test_an_export_is_imported_whole(tmp_path: Path, feature_layer: int):
         import_folders(*write_folders(tmp_path), tmp_path / "ckpt", options)
     export_hf(checkpoint=tmp_path / "ckpt", out=tmp_path / "hf", part=Part.all, max_shard_bytes=100_000)
     report = import_folders(tmp_path / "hf", tmp_path / "hf", tmp_path / "again")
-    assert report == {str(tmp_path / "hf"): []}
+    assert report == {str(tmp_path / "hf"): ["preprocessor_config.json: auto_map"]}
     assert tensor_differences(tmp_path / "ckpt" / layout.STATE, tmp_path / "again" / layout.STATE, 0) == []
     first, second = (layout.read_architecture(tmp_path / name) for name in ("ckpt", "again"))
     assert replace(second.model, name=first.model.name) == first.model
@@ -246,9 +261,10 @@ def test_an_export_is_imported_whole(tmp_path: Path, feature_layer: int):
 def test_a_half_of_an_export_is_taken_with_a_fresh_connector(original: Path, exported: Path, tmp_path: Path):
     """What is not taken is listed."""
     report = import_folders(exported, original / "tower", tmp_path / "llm", SMALL)
-    parts = {name.rsplit(".", 1)[0].split(".")[1] for name in report[str(exported)]}
+    parts = {name.rsplit(".", 1)[0].split(".")[1] for name in report[str(exported)]}  # preprocessor_config is not taken
     assert parts == {"vision_tower", "resampler", "projector"}
     report = import_folders(original / "llm", exported, tmp_path / "vision", SMALL)
+    assert report[str(exported)].pop() == "preprocessor_config.json: auto_map"
     parts = {name.split(".")[1] for name in report[str(exported)]}
     assert parts == {"language_model", "weight", "resampler", "projector"}  # "weight" is lm_head's
     for name in ("llm", "vision"):
@@ -408,11 +424,15 @@ def test_import_runs_no_code_of_a_folder(topology: Topology, tmp_path: Path):
             if (folder / name).is_file():
                 content = json.loads((folder / name).read_text())
                 (folder / name).write_text(json.dumps(content | {"auto_map": auto_map}))
-    import_folders(llm, tower, tmp_path / "ckpt", SMALL)
+    report = import_folders(llm, tower, tmp_path / "ckpt", SMALL)
+    assert "tokenizer_config.json: auto_map" in report[str(llm)]
+    assert "preprocessor_config.json: auto_map" in report[str(tower)]
     modalities = build_modalities(layout.read_architecture(tmp_path / "ckpt").modality)
     ChatTokenizer.from_folder(tmp_path / "ckpt" / layout.PROCESSOR, modalities)
     export_hf(checkpoint=tmp_path / "ckpt", out=tmp_path / "hf", part=Part.all)
     assert not proof.exists()
+    for folder in (tmp_path / "ckpt", tmp_path / "hf"):
+        assert not [file for file in folder.rglob("*.json") if "evil.Evil" in file.read_text()]
     assert not list((tmp_path / "ckpt").rglob("*.py")) and not (tmp_path / "hf" / "evil.py").exists()
 
 

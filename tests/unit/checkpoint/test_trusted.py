@@ -156,3 +156,13 @@ def test_damage_is_an_error_of_the_checkpoint(state: Path):
     (state / ".metadata").write_bytes((state / ".metadata").read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"\.metadata is not read"):
         trusted.check(state)
+
+
+def test_missing_and_short_files_are_named_before_anything_is_read(state: Path):
+    file = next(state.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{file.name} is not read: it has \d+ bytes, \.metadata expects \d+"):
+        StateReader(state)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"{file.name} is missing"):
+        StateReader(state)
