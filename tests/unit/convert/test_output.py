@@ -21,17 +21,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", ["import", "export", "verify"])
+NO_FOLDER, FILE = ("new", "nodir/x.json", "nodir/x.json cannot be written"), ("file", "x.json", "file is a file")
+
+
 @pytest.mark.parametrize(
-    ("out", "json", "words"),
-    [("new", "nodir/x.json", "nodir/x.json cannot be written"), ("file", "x.json", "file is a file")],
-    ids=["json", "out"],
+    ("command", "wrong"),
+    [("import", NO_FOLDER), ("import", FILE), ("export", NO_FOLDER), ("export", FILE), ("verify", NO_FOLDER)],
 )
-def test_what_cannot_be_written_is_one_line(
-    folders: Path, tmp_path: Path, command: str, out: str, json: str, words: str
-):
-    if command == "verify" and out == "file":
-        pytest.skip("verify has no --out")
+def test_what_cannot_be_written_is_one_line(folders: Path, tmp_path: Path, command: str, wrong: tuple[str, str, str]):
+    out, json, words = wrong
     (tmp_path / "file").touch()
     sources = {
         "import": ["--llm", folders / "llm", "--vision", folders / "tower", "--out", out],
