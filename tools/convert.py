@@ -44,7 +44,9 @@ def import_(
     """
     from qwen3_vlm.convert.architecture import architecture_of
     from qwen3_vlm.convert.hf import import_hf
+    from qwen3_vlm.convert.output import check_file
 
+    check_file(json_file)
     decoder, modalities = architecture_of(llm, vision, overrides or [])
     report = import_hf(llm=llm, vision=vision, out=out, decoder=decoder, modalities=modalities, seed=seed)
     for folder, dropped in report.items():
@@ -66,7 +68,9 @@ def export(
 ) -> None:
     """A checkpoint -> a folder for transformers: AutoModelForImageTextToText, or AutoModelForCausalLM (--part llm)."""
     from qwen3_vlm.convert.export import Part, export_hf
+    from qwen3_vlm.convert.output import check_file
 
+    check_file(json_file)
     dropped = export_hf(checkpoint=checkpoint, out=out, part=Part(part), max_shard_bytes=int(max_shard_gb * 10**9))
     _print_dropped(str(checkpoint), dropped)
     print(f"wrote {out}")
@@ -86,8 +90,10 @@ def verify(
 
     Runs under torchrun at any layout.
     """
+    from qwen3_vlm.convert.output import check_file
     from qwen3_vlm.eval import verify as verification
 
+    check_file(json_file)
     found = verification.verify(checkpoint=checkpoint, hf=hf, tolerance=tolerance, overrides=overrides or [])
     if found is None:
         return
@@ -99,7 +105,7 @@ def verify(
 
 
 def _print_dropped(source: str, dropped: list[str]) -> None:
-    print(f"{source}: {len(dropped)} tensors are dropped by design" + (":" if dropped else ""))
+    print(f"{source}: {len(dropped)} parts are dropped by design" + (":" if dropped else ""))
     for name in dropped:
         print(f"  {name}")
 

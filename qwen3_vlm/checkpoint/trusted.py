@@ -62,7 +62,8 @@ def read_metadata(directory: Path) -> Metadata:
     """`.metadata` of a state folder, through a restricted unpickler.
 
     Raises:
-        CheckpointError: it is missing, damaged, refers to anything but checkpoint classes, or to files elsewhere.
+        CheckpointError: it is missing or damaged; it refers to anything but checkpoint classes, to files that are
+            elsewhere, missing or too short, or to transforms of what they hold.
     """
     path = directory / METADATA
     with _refusing(path), path.open("rb") as file:
@@ -73,6 +74,18 @@ def read_metadata(directory: Path) -> Metadata:
             name = stored.relative_path
             if Path(name).name != name:
                 raise pickle.UnpicklingError(f"it refers to the file {name!r} outside its folder")
+            # torch would transform the bytes before it unpickles them: what `read_objects` checks is not what it reads
+            transforms = getattr(stored, "transform_descriptors", None)
+            if transforms:
+                raise pickle.UnpicklingError(f"it asks for the transforms {transforms!r} of {name}, expected none")
+    ends: dict[str, int] = {}
+    for stored in metadata.storage_data.values():
+        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+    for name, end in ends.items():
+        with _refusing(directory / name):
+            size = (directory / name).stat().st_size
+            if size < end:
+                raise ValueError(f"it has {size} bytes, {METADATA} expects {end}")
     return metadata
 
 

@@ -24,7 +24,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     _check_parallel(config.parallel, world_size)
     _check_decoder(config.model, config.parallel)
     for name, modality in config.modality.items():
-        _check_modality(f"modality.{name}", modality, config.parallel, config.train.seq_length)
+        check_modality(f"modality.{name}", modality, config.parallel, config.train.seq_length)
     _check_batch(config, world_size)
     _check_trainable(config)
     if config.precision.fp8_recipe is not None:
@@ -101,7 +101,18 @@ def _check_decoder(model: DecoderConfig, parallel: ParallelConfig) -> None:
     _require_divisible("model.num_layers", model.num_layers, "parallel.pp", parallel.pp)
 
 
-def _check_modality(path: str, modality: ModalityConfig, parallel: ParallelConfig, seq_length: int) -> None:
+def check_modality(path: str, modality: ModalityConfig, parallel: ParallelConfig, seq_length: int) -> None:
+    """Check what a modality computes with, at a layout.
+
+    Args:
+        path: where it stands, for messages: `modality.image`.
+        modality: its configuration.
+        parallel: how it is cut.
+        seq_length: tokens of a row, which an item must fit.
+
+    Raises:
+        ConfigError: the first rule that is broken, with its numbers.
+    """
     encoder, resampler, tp = modality.encoder, modality.resampler, parallel.tp
     heads = encoder.num_attention_heads
     for name in ("num_tokens", "depth", "ffn_multiplier"):

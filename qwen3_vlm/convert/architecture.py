@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_vlm.config.compose import compose, modality_from_dict, to_dict
-from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig
+from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig, ParallelConfig
+from qwen3_vlm.config.validate import check_modality
 from qwen3_vlm.convert.folders import (
     is_whole_export,
     read_decoder_config,
@@ -32,7 +33,7 @@ def architecture_of(
         Decoder and modalities.
 
     Raises:
-        ConfigError: an override is unknown, or disagrees with the folder.
+        ConfigError: an override is unknown, disagrees with the folder, or is out of range.
         WeightsError: a folder is of another architecture.
     """
     decoder = read_decoder_config(llm)
@@ -60,6 +61,7 @@ def architecture_of(
         trained = replace(modality, encoder=read_encoder_config(vision), resampler=read_resampler_config(vision))
         _check_connector(modality, trained, keys, vision)
         modality = trained
+    check_modality(f"modality.{IMAGE}", modality, ParallelConfig(), modality.resampler.num_tokens + 2)
     return decoder, modality_from_dict({IMAGE: to_dict(modality)})
 
 

@@ -1,11 +1,11 @@
 """export_hf: a checkpoint, whatever layout wrote it -> a Hugging Face folder. One tensor is in memory at a time.
 
 The whole model becomes a folder with its own code (qwen3_vlm/hf), or the decoder alone a plain Qwen3. The folder is
-written beside its place as OUT.partial and moved there in one step when it is complete.
+written beside its place as OUT.partial and moved there in one step when it is complete; an empty folder that stands
+there already is filled, config.json last.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from qwen3_vlm.checkpoint import layout
+from qwen3_vlm.checkpoint import layout, trusted
 from qwen3_vlm.checkpoint.stream import StateReader
 from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig, SiglipEncoderConfig
 from qwen3_vlm.convert import mapping
-from qwen3_vlm.convert.folders import PIL_RESAMPLE, TOKENIZER_FILES, read_decoder_config
+from qwen3_vlm.convert.folders import PIL_RESAMPLE, read_decoder_config
 from qwen3_vlm.convert.mapping import LANGUAGE_MODEL, Entry
-from qwen3_vlm.convert.output import whole_or_nothing
+from qwen3_vlm.convert.output import finish, place_of, whole_or_nothing
 from qwen3_vlm.convert.progress import ByteProgress
 from qwen3_vlm.convert.safetensors_files import INDEX, WEIGHTS, SafetensorsFolder, SafetensorsWriter, TensorSpec
 from qwen3_vlm.data.tokenizer import IM_END, PAD
@@ -53,6 +53,7 @@ class _Model:
     """What an export is made from."""
 
     manifest: layout.Manifest
+    trainings: list[dict[str, Any]]
     decoder: DecoderConfig
     modality: ModalityConfig
     state: StateReader
@@ -77,27 +78,23 @@ def export_hf(*, checkpoint: Path, out: Path, part: Part, max_shard_bytes: int =
         ConfigError: `out` is taken, or the checkpoint's modalities have no transformers code.
         DiskFullError: there is no room for the folder; what was written is removed.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty: choose another folder or remove it")
+    out = out.resolve()
     directory = layout.resolve(checkpoint)
     model = _open(directory)
     entries = _entries(model, part)
     dropped = _match(model.state, entries, part)
     specs = {name: spec for entry in _by_layer(entries) for name, spec in _specs(model.state, *entry)}
     total = sum(spec.num_bytes for spec in specs.values())
-    partial = out.with_name(f"{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # of an export that was killed
-    partial.mkdir(parents=True)
-    with whole_or_nothing(partial, total), ByteProgress("export", total) as progress:
-        with SafetensorsWriter(partial, specs, max_shard_bytes) as writer:
+    place = place_of(out)
+    with whole_or_nothing(place, total, keep=place == out), ByteProgress("export", total) as progress:
+        with SafetensorsWriter(place, specs, max_shard_bytes) as writer:
             for entry, layer in _by_layer(entries):
                 for name, value in zip(entry.their_names(layer), _theirs(model.state, entry, layer), strict=True):
                     writer.write(name, value)
                     progress.add(value.nbytes)
         for name, text in _text_files(model, part, directory, out.name).items():
-            (partial / name).write_text(text)
-        partial.replace(out)
+            (place / name).write_text(text)
+        finish(place, out)
     return dropped
 
 
@@ -200,6 +197,8 @@ def _different_files(model: _Model, part: Part, directory: Path, folder: Path) -
 
 
 def _open(directory: Path) -> _Model:
+    state = directory / layout.STATE
+    trusted.check(state)
     architecture = layout.read_architecture(directory)
     encoders = {name: type(modality.encoder) for name, modality in architecture.modality.items()}
     if encoders != {IMAGE: SiglipEncoderConfig}:
@@ -217,9 +216,10 @@ def _open(directory: Path) -> _Model:
         raise CheckpointError(f"{tokenizer_file} lacks {sorted(set(found) - set(ids))}: the prompt grammar needs them")
     return _Model(
         manifest=layout.read_manifest(directory),
+        trainings=layout.trainings(directory),
         decoder=architecture.model,
         modality=architecture.modality[IMAGE],
-        state=StateReader(directory / layout.STATE),
+        state=StateReader(state),
         token_ids=ids,
     )
 
@@ -293,13 +293,16 @@ def _text_files(model: _Model, part: Part, directory: Path, name: str) -> dict[s
     """File name -> content; config.json last."""
     spec = _folder_spec(model)
     processor = directory / layout.PROCESSOR
-    files = {n: (processor / n).read_text() for n in TOKENIZER_FILES if (processor / n).is_file()}
+    files = {n: (processor / n).read_text() for n in layout.TOKENIZER_FILES if (processor / n).is_file()}
     files["tokenizer_config.json"] = hf_folder.tokenizer_config(files.get("tokenizer_config.json", "{}"))
+    if model.trainings:
+        files[layout.HISTORY] = json.dumps(model.trainings, indent=1) + "\n"
     if part is Part.all:
         return files | hf_folder.text_files(spec, _card(model, name))
     files |= {
         hf_folder.CHAT_TEMPLATE: hf_folder.chat_template(),
         "generation_config.json": hf_folder.generation_config(spec),
+        "README.md": _llm_readme(_card(model, name)),
     }
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -368,27 +371,44 @@ def _folder_spec(model: _Model) -> hf_folder.FolderSpec:
 
 
 def _card(model: _Model, name: str) -> hf_folder.Card:
-    """What the checkpoint itself records; paths are cut to their last part."""
+    """What the checkpoint itself records of all trainings; paths are cut to their last part."""
     manifest, encoder = model.manifest, model.modality.encoder
-    recipe, data = [], []
-    if manifest.step:
-        train, optim = manifest.config["train"], manifest.config["optim"]
-        rows = f"{train['global_batch_size']} rows of {train['seq_length']} tokens"
-        samples = manifest.progress["samples"]
-        recipe.append(
-            f"{', '.join(train['trainable'])}: {manifest.step} steps of {rows} ({samples} samples), "
-            f"learning rate {optim['lr']:g}, {manifest.config['precision']['name']}"
-        )
-        data.append(Path(manifest.config["data"]["path"]).name)
-    else:
-        recipe.append("none: an import")
+    recipe = [
+        f"{', '.join(one['trained'])}: {one['steps']} steps of {one['rows']} rows of {one['seq_length']} tokens "
+        f"({one['samples']} samples of {one['data']}), learning rate {one['lr']:g}, {one['precision']}"
+        for one in model.trainings
+    ]
     patches = (encoder.image_size // encoder.patch_size) ** 2
     return hf_folder.Card(
         name=name,
         license="other",
         llm=model.decoder.name,
         vision=f"a SigLIP tower ({encoder.num_layers} layers of width {encoder.hidden_size}, {patches} patches)",
-        recipe=recipe,
-        data=data,
+        recipe=recipe or ["none: an import"],
+        data=list(dict.fromkeys(one["data"] for one in model.trainings)),
         checkpoint=f"step {manifest.step}, written by version {manifest.code_version}",
+    )
+
+
+def _llm_readme(card: hf_folder.Card) -> str:
+    """README.md of the decoder alone."""
+    return "\n".join(
+        (
+            "---",
+            f"license: {card.license}",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "---",
+            "",
+            f"# {card.name}",
+            "",
+            f"The decoder of a vision-language model as a plain Qwen3ForCausalLM, started from {card.llm}.",
+            "",
+            "Training of the whole model:",
+            "",
+            *(f"- {line}" for line in card.recipe),
+            "",
+            f"Checkpoint: {card.checkpoint}",
+            "",
+        )
     )

@@ -5,26 +5,31 @@ connector. Nothing of a folder is executed: JSON, safetensors and tokenizer file
 """
 
 import json
-import shutil
+import math
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import Qwen3Config, SiglipVisionConfig
+import transformers
+from tokenizers import Tokenizer
+from transformers import PretrainedConfig, Qwen3Config, SiglipVisionConfig
 
-from qwen3_vlm.config.schema import DecoderConfig, LatentInit, Resample, ResamplerConfig, SiglipEncoderConfig
+from qwen3_vlm.checkpoint.layout import IMAGE_PROCESSOR_FILE, TOKENIZER_FILES
+from qwen3_vlm.config.schema import (
+    DecoderConfig,
+    LatentInit,
+    ModalityConfig,
+    Resample,
+    ResamplerConfig,
+    SiglipEncoderConfig,
+)
+from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.errors import WeightsError
+from qwen3_vlm.modality.registry import build_modalities
 
 EXPORT_MODEL_TYPE = "qwen3_siglip_vlm"
 """config.json's model_type of a folder that tools/convert.py export wrote."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 PIL_RESAMPLE = {2: Resample.bilinear, 3: Resample.bicubic}
 """PIL.Image.Resampling codes that preprocessor_config.json may name."""
 
@@ -39,6 +44,35 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{path} does not hold a JSON object")
     return value
+
+
+_Config = TypeVar("_Config", bound=PretrainedConfig)
+
+
+def _config(kind: type[_Config], raw: object, folder: Path) -> _Config:
+    """transformers' reading of config.json, with its defaults."""
+    try:
+        if not isinstance(raw, dict):
+            raise TypeError(f"expected an object, found {raw!r}")
+        config: _Config = kind.from_dict(raw)
+    except Exception as e:  # transformers checks with classes of its own
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise WeightsError(f"{folder}/config.json is no {kind.__name__} ({reason}): fetch it again") from e
+    return config
+
+
+def _check_sizes(folder: Path, config: PretrainedConfig, *keys: str) -> None:
+    """Sizes are whole numbers above 0."""
+    for key in keys:
+        value = getattr(config, key, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise WeightsError(f"{folder}/config.json has {key} {value!r}, expected a whole number above 0")
+
+
+def _check_divisible(folder: Path, config: PretrainedConfig, key: str, by: str) -> None:
+    value, divisor = getattr(config, key), getattr(config, by)
+    if value % divisor:
+        raise WeightsError(f"{folder}/config.json has {key} {value}, which is not divisible by its {by} {divisor}")
 
 
 def is_export(folder: Path) -> bool:
@@ -74,8 +108,15 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
             f"{folder}/config.json has model_type {raw.get('model_type')!r}; --llm needs qwen3 (dense) or an "
             "export of ours"
         )
-    config = Qwen3Config.from_dict(raw)
+    config = _config(Qwen3Config, raw, folder)
     rope = config.rope_parameters if hasattr(config, "rope_parameters") else {"rope_theta": config.rope_theta}
+    for key, value in {"rope_theta": rope.get("rope_theta"), "rms_norm_eps": config.rms_norm_eps}.items():
+        if not _is_number(value):
+            raise WeightsError(f"{folder}/config.json has {key} {value!r}, expected a number")
+    heads = ("num_attention_heads", "num_key_value_heads")
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "head_dim", "vocab_size")
+    _check_sizes(folder, config, *sizes, "max_position_embeddings", *heads)
+    _check_divisible(folder, config, *heads)
     unsupported = {
         "attention_bias": config.attention_bias,
         "use_sliding_window": config.use_sliding_window,
@@ -115,7 +156,12 @@ def read_encoder_config(folder: Path) -> SiglipEncoderConfig:
             f"{folder}/config.json has model_type {raw.get('model_type')!r}; --vision needs siglip or "
             "siglip_vision_model (SigLIP2's fixed-resolution models are of these types too), or an export of ours"
         )
-    config = SiglipVisionConfig.from_dict(raw.get("vision_config", raw))
+    config = _config(SiglipVisionConfig, raw.get("vision_config", raw), folder)
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size")
+    _check_sizes(folder, config, *sizes)
+    _check_divisible(folder, config, "hidden_size", "num_attention_heads")
+    if config.num_channels != 3:
+        raise WeightsError(f"{folder}/config.json has num_channels {config.num_channels}, expected 3 (RGB)")
     if config.hidden_act != "gelu_pytorch_tanh":
         raise WeightsError(f"{folder}: hidden_act {config.hidden_act!r}, expected gelu_pytorch_tanh")
     processor = _read_json(folder / IMAGE_PROCESSOR_FILE)
@@ -123,17 +169,24 @@ def read_encoder_config(folder: Path) -> SiglipEncoderConfig:
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,
+        "do_center_crop": False,
+        "do_pad": False,
         "rescale_factor": 1 / 255,
         "size": {"height": config.image_size, "width": config.image_size},
     }
-    other = {key: processor[key] for key, value in expected.items() if processor.get(key, value) != value}
+    other = {key: processor[key] for key, value in expected.items() if processor.get(key) not in (None, value)}
     resample = processor.get("resample", 3)
     if other or resample not in PIL_RESAMPLE:
         raise WeightsError(
             f"{folder}/{IMAGE_PROCESSOR_FILE} asks for {other or {'resample': resample}}, which the data path does not "
             f"do; expected { {key: expected[key] for key in other} or f'resample one of {sorted(PIL_RESAMPLE)}' }"
         )
-    mean, std = (processor.get(key, [0.5, 0.5, 0.5]) for key in ("image_mean", "image_std"))
+    mean, std = (_channels(folder, processor, key) for key in ("image_mean", "image_std"))
+    if min(std) <= 0:
+        raise WeightsError(f"{folder}/{IMAGE_PROCESSOR_FILE} has image_std {std}, expected numbers above 0")
+    feature_layer = _read_json(folder / "config.json").get("feature_layer", -1)
+    if type(feature_layer) is not int:
+        raise WeightsError(f"{folder}/config.json has feature_layer {feature_layer!r}, expected a whole number below 0")
     return SiglipEncoderConfig(
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -142,11 +195,23 @@ def read_encoder_config(folder: Path) -> SiglipEncoderConfig:
         ffn_hidden_size=config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         layer_norm_eps=config.layer_norm_eps,
-        feature_layer=_read_json(folder / "config.json").get("feature_layer", -1),
+        feature_layer=feature_layer,
         resample=PIL_RESAMPLE[resample],
-        image_mean=tuple(mean),
-        image_std=tuple(std),
+        image_mean=mean,
+        image_std=std,
     )
+
+
+def _channels(folder: Path, processor: Mapping[str, Any], key: str) -> tuple[float, float, float]:
+    value = processor.get(key, [0.5, 0.5, 0.5])
+    if not isinstance(value, list) or len(value) != 3 or not all(_is_number(one) for one in value):
+        raise WeightsError(f"{folder}/{IMAGE_PROCESSOR_FILE} has {key} {value!r}, expected three numbers")
+    red, green, blue = map(float, value)
+    return red, green, blue
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_resampler_config(folder: Path) -> ResamplerConfig:
@@ -157,26 +222,73 @@ def read_resampler_config(folder: Path) -> ResamplerConfig:
     """
     raw = _read_json(folder / "config.json")
     try:
-        return ResamplerConfig(
-            num_tokens=raw["resampler_num_tokens"],
-            depth=raw["resampler_depth"],
-            latent_init=LatentInit(raw["resampler_latent_init"]),
-            ffn_multiplier=raw["resampler_ffn_multiplier"],
-        )
+        counts = {key: raw[f"resampler_{key}"] for key in ("num_tokens", "depth", "ffn_multiplier")}
+        strange = {key: value for key, value in counts.items() if type(value) is not int}
+        if strange:
+            raise ValueError(f"{strange}, expected whole numbers")
+        return ResamplerConfig(**counts, latent_init=LatentInit(raw["resampler_latent_init"]))
     except (KeyError, ValueError) as e:
         raise WeightsError(f"{folder}/config.json does not describe the resampler ({e!r}): export it again") from e
 
 
-def copy_processor_files(llm: Path, vision: Path, target: Path) -> None:
-    """Tokenizer files of the decoder and the image processor of the tower; only files of known names.
+def processor_files(
+    llm: Path, vision: Path, vocab_size: int, modalities: Mapping[str, ModalityConfig]
+) -> tuple[dict[str, bytes], dict[str, list[str]]]:
+    """Tokenizer files of the decoder and the image processor of the tower; only files of known names, and without
+    `auto_map`, which names code of the folder.
+
+    Args:
+        llm, vision: Hugging Face folders.
+        vocab_size: rows of the decoder's embedding.
+        modalities: their placeholder tokens must be in the tokenizer.
+
+    Returns:
+        File name -> content; folder -> what is left out.
 
     Raises:
-        WeightsError: tokenizer.json is missing.
+        WeightsError: tokenizer.json is missing, or is not what a run can use.
     """
     if not (llm / "tokenizer.json").is_file():
         raise WeightsError(f"{llm}/tokenizer.json is missing: the checkpoint needs the decoder's fast tokenizer")
-    target.mkdir(parents=True)
-    for name in TOKENIZER_FILES:
-        if (llm / name).is_file():
-            shutil.copyfile(llm / name, target / name)
-    shutil.copyfile(vision / IMAGE_PROCESSOR_FILE, target / IMAGE_PROCESSOR_FILE)
+    sources = {name: llm for name in TOKENIZER_FILES if (llm / name).is_file()} | {IMAGE_PROCESSOR_FILE: vision}
+    files = {name: (folder / name).read_bytes() for name, folder in sources.items()}
+    left_out: dict[str, list[str]] = {str(folder): [] for folder in (llm, vision)}
+    for name in ("tokenizer_config.json", IMAGE_PROCESSOR_FILE):
+        config = _read_json(sources[name] / name) if name in files else {}
+        if config.pop("auto_map", None) is not None:
+            files[name] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            left_out[str(sources[name])].append(f"{name}: auto_map")
+        if name != IMAGE_PROCESSOR_FILE:
+            _check_tokenizer_class(llm / name, config.get("tokenizer_class"))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        _check_tokenizer(llm, Path(folder), vocab_size, modalities)
+    return files, left_out
+
+
+def _check_tokenizer_class(file: Path, name: object) -> None:
+    """A class that transformers does not have would need code of the folder."""
+    kinds = [getattr(transformers, f"{name}{suffix}", None) for suffix in ("", "Fast")]  # Qwen2Tokenizer was not fast
+    fast = any(isinstance(kind, type) and issubclass(kind, transformers.PreTrainedTokenizerFast) for kind in kinds)
+    if name is not None and not fast:
+        raise WeightsError(
+            f"{file} has tokenizer_class {name!r}, which is no fast tokenizer of transformers: give a folder with "
+            "Qwen2Tokenizer or PreTrainedTokenizerFast"
+        )
+
+
+def _check_tokenizer(llm: Path, files: Path, vocab_size: int, modalities: Mapping[str, ModalityConfig]) -> None:
+    """The files make a tokenizer that the prompt grammar and the embedding fit."""
+    try:
+        ids = Tokenizer.from_file(str(files / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        tokenizer = ChatTokenizer.from_folder(files, build_modalities(modalities))
+    except Exception as e:  # tokenizers raises Exception itself
+        reason = " ".join(str(e).replace(str(files), str(llm)).split()) or type(e).__name__
+        raise WeightsError(f"{llm}/tokenizer.json and its configuration make no tokenizer: {reason}") from e
+    highest = max((ids | tokenizer.hf.get_vocab()).items(), key=lambda item: item[1])
+    if highest[1] >= vocab_size:
+        raise WeightsError(
+            f"{llm}/tokenizer.json gives {highest[0]!r} the id {highest[1]}, and config.json has vocab_size "
+            f"{vocab_size}: they are not of one model"
+        )

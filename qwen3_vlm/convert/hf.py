@@ -20,7 +20,7 @@ from qwen3_vlm.config.compose import to_dict
 from qwen3_vlm.config.schema import DecoderConfig, ModalityConfig
 from qwen3_vlm.convert import mapping
 from qwen3_vlm.convert.connector import fresh_connector
-from qwen3_vlm.convert.folders import copy_processor_files, is_export, is_whole_export
+from qwen3_vlm.convert.folders import is_export, is_whole_export, processor_files
 from qwen3_vlm.convert.mapping import Entry
 from qwen3_vlm.convert.output import whole_or_nothing
 from qwen3_vlm.convert.progress import ByteProgress
@@ -56,19 +56,24 @@ class Source:
         return entry.to_ours([self.tensors.read(self.names[name]) for name in entry.their_names(layer)])
 
 
-def match_source(folder: Path, entries: list[Entry], *, droppable: Sequence[str]) -> Source:
+def match_source(folder: Path, entries: list[Entry], *, droppable: Sequence[str], prefix: str = "") -> Source:
     """Match a folder with the table before anything is read or written.
 
     Args:
         folder: Hugging Face folder.
         entries: the table's part for it.
-        droppable: prefixes of names (without `vision_model.`) that are left out by design.
+        droppable: prefixes of names (without `prefix`) that are left out by design.
+        prefix: what names may begin with in the folder and do not in the table.
 
     Raises:
         WeightsError: a tensor is missing, unused, of the wrong shape or of a dtype that does not fit; each is named.
     """
     tensors = SafetensorsFolder(folder)
-    held = {name.removeprefix(VISION_PREFIX): name for name in sorted(tensors.names())}
+    held: dict[str, str] = {}
+    for name in sorted(tensors.names()):
+        other = held.setdefault(name.removeprefix(prefix), name)
+        if other != name:
+            raise WeightsError(f"{folder}: {other} and {name} are the same tensor: leave the one that is the model's")
     wanted = {name for e in entries for layer in e.layers() for name in e.their_names(layer)}
     rest = sorted(set(held) - wanted)
     dropped = [held[name] for name in rest if name.startswith(tuple(droppable))]
@@ -82,10 +87,10 @@ def match_source(folder: Path, entries: list[Entry], *, droppable: Sequence[str]
     for e in entries:
         names = [held[name] for layer in e.layers() for name in e.their_names(layer)]
         dtypes = {name: tensors.dtype(name) for name in names}
-        other = next((name for name in names if dtypes[name] != dtypes[names[0]]), None)
-        if other is not None:
+        unlike = next((name for name in names if dtypes[name] != dtypes[names[0]]), None)
+        if unlike is not None:
             raise WeightsError(
-                f"{folder}: {other} is {dtypes[other]} and {names[0]} is {dtypes[names[0]]}; both become {e.ours}, "
+                f"{folder}: {unlike} is {dtypes[unlike]} and {names[0]} is {dtypes[names[0]]}; both become {e.ours}, "
                 "which has one dtype"
             )
         for layer in e.layers():
@@ -157,8 +162,26 @@ def _decoder_source(llm: Path, decoder: DecoderConfig) -> Source:
     tied_head = (mapping.LM_HEAD,) if decoder.tie_word_embeddings else ()
     if is_export(llm):
         others = (mapping.EXPORTED_TOWER, *mapping.EXPORTED_CONNECTOR)
-        return match_source(llm, mapping.exported_decoder_entries(decoder), droppable=(*tied_head, *others))
-    return match_source(llm, mapping.decoder_entries(decoder), droppable=tied_head)
+        source = match_source(llm, mapping.exported_decoder_entries(decoder), droppable=(*tied_head, *others))
+    else:
+        source = match_source(llm, mapping.decoder_entries(decoder), droppable=tied_head)
+    if mapping.LM_HEAD in source.dropped:
+        _check_tied_head(source)
+    return source
+
+
+def _check_tied_head(source: Source) -> None:
+    """A head beside an embedding that config.json ties it to says the same."""
+    tensors, embedding = source.tensors, source.entries[0]
+    name = source.names[embedding.theirs[0]]
+    same = tensors.shape(mapping.LM_HEAD) == embedding.shape
+    rows = max(1, BLOCK_BYTES // (math.prod(embedding.shape[1:]) * source.dtype(embedding).itemsize))
+    blocks = [(start, min(start + rows, embedding.shape[0])) for start in range(0, embedding.shape[0], rows)]
+    if not same or not all(torch.equal(tensors.read(mapping.LM_HEAD, *b), tensors.read(name, *b)) for b in blocks):
+        raise WeightsError(
+            f"{tensors.folder}: {mapping.LM_HEAD} is not {name}, and config.json says tie_word_embeddings: one of the "
+            "two is wrong. Set tie_word_embeddings to false, or remove the head"
+        )
 
 
 def _tower_source(vision: Path, modality: ModalityConfig, tower: str) -> Source:
@@ -167,7 +190,12 @@ def _tower_source(vision: Path, modality: ModalityConfig, tower: str) -> Source:
         others = (mapping.EXPORTED_DECODER, mapping.LM_HEAD, *mapping.EXPORTED_CONNECTOR)
         droppable = (*others, *(mapping.EXPORTED_TOWER + name for name in unbuilt))
         return match_source(vision, mapping.exported_tower_entries(modality.encoder, tower), droppable=droppable)
-    return match_source(vision, mapping.siglip_entries(modality.encoder, tower), droppable=(*SIGLIP_DROPPED, *unbuilt))
+    return match_source(
+        vision,
+        mapping.siglip_entries(modality.encoder, tower),
+        droppable=(*SIGLIP_DROPPED, *unbuilt),
+        prefix=VISION_PREFIX,
+    )
 
 
 def _whole_source(export: Path, decoder: DecoderConfig, modality: ModalityConfig, tower: str) -> Source:
@@ -197,15 +225,16 @@ def import_hf(
         seed: of the fresh resampler and projector.
 
     Returns:
-        Folder -> names of tensors that are dropped by design.
+        Folder -> names of what is dropped by design: tensors, and keys of its processor's files.
 
     Raises:
-        WeightsError: the folders do not fit their config.json.
+        WeightsError: the folders do not fit their config.json, or the tokenizer does not fit.
         CheckpointError: `out` is taken.
         DiskFullError: there is no room for the checkpoint; what was written is removed.
     """
     ((name, modality),) = modalities.items()
     tower = f"towers.{name}."
+    files, left_out = processor_files(llm, vision, decoder.vocab_size, modalities)
     connector: dict[str, Tensor] = {}
     if is_whole_export(llm, vision):
         sources = {str(llm): _whole_source(llm, decoder, modality, tower)}
@@ -216,10 +245,16 @@ def import_hf(
         connector = fresh_connector(modality, decoder, tower, seed=seed, dtype=dtype)
     chunks = [chunk for source in sources.values() for chunk in _chunks(source)] + _fresh_chunks(connector)
     total = sum(chunk.num_bytes for chunk in chunks)
+    history = layout.read_history(llm)
+    history += [one for one in layout.read_history(vision) if one not in history]
+    existed = out.exists()
     layout.start(out)
-    with whole_or_nothing(out, total), ByteProgress("import", total) as progress:
-        copy_processor_files(llm, vision, out / layout.PROCESSOR)
+    with whole_or_nothing(out, total, keep=existed), ByteProgress("import", total) as progress:
+        (out / layout.PROCESSOR).mkdir()
+        for file, content in files.items():
+            (out / layout.PROCESSOR / file).write_bytes(content)
         write_state(chunks, out / layout.STATE, progress.add)
+        layout.write_history(out, history)
         config = {"model": to_dict(decoder), "modality": to_dict(modalities)}
         layout.write_manifest(out, layout.Manifest(step=0, config=config, progress={}))
-    return {folder: source.dropped for folder, source in sources.items()}
+    return {folder: source.dropped + left_out[folder] for folder, source in sources.items()}

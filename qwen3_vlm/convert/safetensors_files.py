@@ -20,7 +20,7 @@ from torch import Tensor
 from qwen3_vlm.checkpoint.uncached import UncachedFile
 from qwen3_vlm.errors import WeightsError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes of weights, as safetensors names them. Quantised weights are of others."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = "model.safetensors"
@@ -43,14 +43,15 @@ class SafetensorsFolder:
     """Tensors of a Hugging Face folder by name, sharded or single file.
 
     Raises:
-        WeightsError: there are no safetensors, an index names a file that is missing, a file is damaged, or two files
-            hold a tensor of the same name.
+        WeightsError: there are no safetensors, or more than one way to read them; an index names a file that is missing
+            or tensors that its files do not hold; a file is damaged.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._stored: dict[str, _Stored] = {}
-        for name in self._files():
+        index = self._index()
+        for name in self._files(index):
             for tensor, stored in _read_header(folder / name).items():
                 if tensor in self._stored:
                     raise WeightsError(
@@ -58,16 +59,43 @@ class SafetensorsFolder:
                         f"leave the files of one model, or an {INDEX} that names them"
                     )
                 self._stored[tensor] = stored
+        if index is not None:
+            held = {tensor: Path(str(stored.file.name)).name for tensor, stored in self._stored.items()}
+            other = sorted(tensor for tensor, _ in index.items() ^ held.items())
+            if other:
+                raise WeightsError(
+                    f"{folder / INDEX} and the files disagree on {other[0]}: the index says "
+                    f"{index.get(other[0], 'nothing')}, it is in {held.get(other[0], 'none of them')}. Fetch both again"
+                )
 
-    def _files(self) -> list[str]:
+    def _index(self) -> dict[str, str] | None:
+        """Tensor -> file, as the folder's index says; None without one."""
         index = self.folder / INDEX
-        if index.is_file():
-            try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise WeightsError(f"{index} is no index of safetensors ({e!r}): it needs a weight_map") from e
-        else:
-            files = sorted(p.name for p in self.folder.glob("*.safetensors"))
+        if not index.is_file():
+            return None
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+                raise TypeError("its weight_map is no mapping of names to file names")
+        except (ValueError, KeyError, TypeError) as e:
+            raise WeightsError(f"{index} is no index of safetensors ({e!r}): it needs a weight_map") from e
+        return names
+
+    def _files(self, index: dict[str, str] | None) -> list[str]:
+        """The files to read: those that transformers reads, and no choice between two ways."""
+        beside = sorted(p.name for p in self.folder.glob("*.safetensors"))
+        files = beside if index is None else sorted(set(index.values()))
+        if index is not None and WEIGHTS in beside and files != [WEIGHTS]:
+            raise WeightsError(
+                f"{self.folder} holds {WEIGHTS} and {INDEX}, which names other files ({files[:3]}): transformers "
+                "reads the first, others the second. Remove the one that is not the model's"
+            )
+        if index is None and WEIGHTS in beside and len(beside) > 1:
+            other = next(name for name in beside if name != WEIGHTS)
+            raise WeightsError(
+                f"{self.folder} holds {WEIGHTS} and {other} without an {INDEX}: transformers reads the first alone. "
+                "Remove what is not the model's, or give the index"
+            )
         missing = [name for name in files if Path(name).name != name or not (self.folder / name).is_file()]
         if missing or not files:
             raise WeightsError(
@@ -93,8 +121,8 @@ class SafetensorsFolder:
         stored = self._stored[name]
         if stored.dtype not in DTYPES:
             raise WeightsError(
-                f"{self.folder}: {name} is {stored.dtype}; weights of {', '.join(DTYPES)} are read. Take the folder of "
-                "the model before it was quantised."
+                f"{self.folder}: {name} is {stored.dtype}; weights of {', '.join(DTYPES)} are read. Convert it to "
+                "one of them, or take the folder of the model before it was quantised."
             )
         return DTYPES[stored.dtype]
 

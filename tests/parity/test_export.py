@@ -25,6 +25,7 @@ from qwen3_vlm.config.schema import ParallelConfig
 from qwen3_vlm.convert import hf, progress
 from qwen3_vlm.convert.architecture import architecture_of
 from qwen3_vlm.convert.export import Part, export_hf
+from qwen3_vlm.convert.output import MARKER
 from qwen3_vlm.data.tokenizer import ChatTokenizer
 from qwen3_vlm.errors import CheckpointError, ConfigError, DiskFullError, WeightsError
 from qwen3_vlm.modality.registry import build_modalities
@@ -197,6 +198,21 @@ def test_a_state_that_does_not_fit_is_refused_before_writing(
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("damage", ["missing", "short", "evil"])
+def test_a_damaged_state_is_refused_before_writing(checkpoint: Path, tmp_path: Path, damage: str):
+    (file,) = (checkpoint / layout.STATE).glob("*.distcp")
+    if damage == "missing":
+        file.unlink()
+    elif damage == "short":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        torch.save({"x": Path}, checkpoint / layout.STATE / "common.pt")
+    before = set(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="is missing" if damage == "missing" else "is not read"):
+        export_hf(checkpoint=checkpoint, out=tmp_path / "hf", part=Part.all)
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_a_flipped_tensor_is_refused_before_import_writes(tmp_path: Path):
     llm, tower = write_folders(tmp_path)
     name = "model.layers.1.mlp.gate_proj.weight"
@@ -244,7 +260,7 @@ def test_an_export_is_imported_whole(tmp_path: Path, feature_layer: int):
         import_folders(*write_folders(tmp_path), tmp_path / "ckpt", options)
     export_hf(checkpoint=tmp_path / "ckpt", out=tmp_path / "hf", part=Part.all, max_shard_bytes=100_000)
     report = import_folders(tmp_path / "hf", tmp_path / "hf", tmp_path / "again")
-    assert report == {str(tmp_path / "hf"): []}
+    assert report == {str(tmp_path / "hf"): ["preprocessor_config.json: auto_map"]}
     assert tensor_differences(tmp_path / "ckpt" / layout.STATE, tmp_path / "again" / layout.STATE, 0) == []
     first, second = (layout.read_architecture(tmp_path / name) for name in ("ckpt", "again"))
     assert replace(second.model, name=first.model.name) == first.model
@@ -254,9 +270,10 @@ def test_an_export_is_imported_whole(tmp_path: Path, feature_layer: int):
 def test_a_half_of_an_export_is_taken_with_a_fresh_connector(original: Path, exported: Path, tmp_path: Path):
     """What is not taken is listed."""
     report = import_folders(exported, original / "tower", tmp_path / "llm", SMALL)
-    parts = {name.rsplit(".", 1)[0].split(".")[1] for name in report[str(exported)]}
+    parts = {name.rsplit(".", 1)[0].split(".")[1] for name in report[str(exported)]}  # preprocessor_config is not taken
     assert parts == {"vision_tower", "resampler", "projector"}
     report = import_folders(original / "llm", exported, tmp_path / "vision", SMALL)
+    assert report[str(exported)].pop() == "preprocessor_config.json: auto_map"
     parts = {name.split(".")[1] for name in report[str(exported)]}
     assert parts == {"language_model", "weight", "resampler", "projector"}  # "weight" is lm_head's
     for name in ("llm", "vision"):
@@ -320,6 +337,87 @@ def test_a_taken_folder_is_refused(exported: Path, original: Path):
     assert_equal(folder_tensors(exported), before)
 
 
+@pytest.mark.parametrize("folder", ["hf", "hf.partial"])
+def test_folders_of_users_stay(original: Path, tmp_path: Path, folder: str):
+    thesis = tmp_path / folder / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.touch()
+    with pytest.raises(ConfigError, match=rf"{folder} exists and is not empty"):
+        export_hf(checkpoint=original / "ckpt", out=tmp_path / "hf", part=Part.llm)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [thesis]
+
+
+@pytest.mark.parametrize("kind", ["empty", "link", "link to nothing", "here"])
+def test_an_empty_folder_is_filled(
+    original: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    """It may be a mount point, over which nothing can be moved: it is the same folder before and after."""
+    disk = tmp_path / "disk"
+    if kind != "link to nothing":
+        disk.mkdir()
+    before = disk.stat().st_ino if disk.exists() else None
+    out = disk
+    if kind.startswith("link"):
+        out = tmp_path / "out"
+        out.symlink_to(disk)
+    elif kind == "here":
+        monkeypatch.chdir(disk)
+        out = Path()
+    export_hf(checkpoint=original / "ckpt", out=out, part=Part.all)
+    assert_equal(folder_tensors(disk), folder_tensors(exported))
+    assert before in (None, disk.stat().st_ino) and not (disk / MARKER).exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"disk", "out"}
+
+
+def test_an_empty_folder_is_empty_again_after_a_failure(original: Path, tmp_path: Path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "ckpt").mkdir()
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with mock.patch("shutil.disk_usage", return_value=usage):
+        with pytest.raises(DiskFullError):
+            export_hf(checkpoint=original / "ckpt", out=tmp_path / "hf", part=Part.all)
+        with pytest.raises(DiskFullError):
+            import_folders(original / "llm", original / "tower", tmp_path / "ckpt", SMALL)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["ckpt", "hf"]
+
+
+def test_a_file_is_no_folder(original: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "hf"):
+        with pytest.raises(ConfigError, match=r"is a file|Not a directory"):
+            export_hf(checkpoint=original / "ckpt", out=out, part=Part.all)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_trainings_are_told_by_every_later_export(original: Path, checkpoint: Path, tmp_path: Path):
+    """A run's checkpoint, exported, imported and exported again: both cards name the training and its data."""
+    manifest = layout.read_manifest(checkpoint)
+    config = {
+        "train": {"trainable": ["decoder", "image.projector"], "global_batch_size": 8, "seq_length": 64},
+        "optim": {"lr": 2e-5},
+        "precision": {"name": "bf16"},
+        "data": {"path": "/secret/pairs"},
+    }
+    layout.write_manifest(
+        checkpoint, replace(manifest, step=7, config=manifest.config | config, progress={"samples": 55})
+    )
+    export_hf(checkpoint=checkpoint, out=tmp_path / "hf", part=Part.all)
+    import_folders(tmp_path / "hf", tmp_path / "hf", tmp_path / "again")
+    assert layout.read_history(tmp_path / "again") == layout.trainings(checkpoint) != []
+    for part in Part:
+        export_hf(checkpoint=tmp_path / "again", out=tmp_path / f"hf_{part.value}", part=part)
+        card = (tmp_path / f"hf_{part.value}" / "README.md").read_text()
+        for words in ("decoder, image.projector: 7 steps of 8 rows of 64 tokens (55 samples of pairs)", "2e-05"):
+            assert words in card
+        assert "secret" not in card and "an import" not in card
+
+
+def test_a_fresh_import_says_so(original: Path, tmp_path: Path):
+    export_hf(checkpoint=original / "ckpt", out=tmp_path / "llm", part=Part.llm)
+    assert "- none: an import" in (tmp_path / "llm" / "README.md").read_text()
+    assert not (tmp_path / "llm" / layout.HISTORY).exists()
+
+
 # Safety.
 
 
@@ -334,11 +432,15 @@ def test_import_runs_no_code_of_a_folder(topology: Topology, tmp_path: Path):
             if (folder / name).is_file():
                 content = json.loads((folder / name).read_text())
                 (folder / name).write_text(json.dumps(content | {"auto_map": auto_map}))
-    import_folders(llm, tower, tmp_path / "ckpt", SMALL)
+    report = import_folders(llm, tower, tmp_path / "ckpt", SMALL)
+    assert "tokenizer_config.json: auto_map" in report[str(llm)]
+    assert "preprocessor_config.json: auto_map" in report[str(tower)]
     modalities = build_modalities(layout.read_architecture(tmp_path / "ckpt").modality)
     ChatTokenizer.from_folder(tmp_path / "ckpt" / layout.PROCESSOR, modalities)
     export_hf(checkpoint=tmp_path / "ckpt", out=tmp_path / "hf", part=Part.all)
     assert not proof.exists()
+    for folder in (tmp_path / "ckpt", tmp_path / "hf"):
+        assert not [file for file in folder.rglob("*.json") if "evil.Evil" in file.read_text()]
     assert not list((tmp_path / "ckpt").rglob("*.py")) and not (tmp_path / "hf" / "evil.py").exists()
     assert not [path for path in (tmp_path / "hf").glob("*.json") if "evil" in path.read_text()]
 
@@ -381,10 +483,10 @@ def test_a_killed_export_leaves_no_folder(original: Path, exported: Path, tmp_pa
     out = tmp_path / "hf"
     killed_during(lambda: export_hf(checkpoint=original / "ckpt", out=out, part=Part.all))
     assert not out.exists()
-    assert {path.suffix for path in (tmp_path / "hf.partial").iterdir()} == {".safetensors"}
+    assert {path.name for path in (tmp_path / "hf.partial").iterdir()} == {MARKER, "model.safetensors"}
     export_hf(checkpoint=original / "ckpt", out=out, part=Part.all)
     assert_equal(folder_tensors(out), folder_tensors(exported))
-    assert not (tmp_path / "hf.partial").exists()
+    assert not (tmp_path / "hf.partial").exists() and not (out / MARKER).exists()
 
 
 @contextmanager

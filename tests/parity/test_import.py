@@ -117,6 +117,35 @@ def test_a_stored_head_of_a_tied_model_is_dropped_by_name(
     assert import_folders(llm, tower, tmp_path / "ckpt")[str(llm)] == ["lm_head.weight"]
 
 
+@pytest.mark.parametrize("change", [lambda e: e + 1, lambda e: e[:-1].clone()], ids=["values", "shape"])
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(
+    topology: Topology, tmp_path: Path, folders: tuple[Path, Path], change: Callable[[Tensor], Tensor]
+):
+    llm, tower = tmp_path / "tied", folders[1]
+    write_llm(llm, num_hidden_layers=2, tie_word_embeddings=True)
+    rewrite_tensors(llm, lambda t: t | {"lm_head.weight": change(t["model.embed_tokens.weight"])})
+    with pytest.raises(WeightsError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        import_folders(llm, tower, tmp_path / "ckpt")
+
+
+def test_two_names_of_one_tensor_are_refused(topology: Topology, tmp_path: Path, folders: tuple[Path, Path]):
+    llm, tower = folders
+    name = "embeddings.patch_embedding.bias"
+    rewrite_tensors(
+        tower,
+        lambda ts: ts | {n + name: torch.full((48,), float(len(n))) for n in ("", "vision_model.")},
+    )
+    with pytest.raises(WeightsError, match=rf"{tower}: {name} and vision_model\.{name} are the same tensor"):
+        import_folders(llm, tower, tmp_path / "ckpt")
+
+
+def test_a_decoder_has_no_vision_prefix(topology: Topology, tmp_path: Path, folders: tuple[Path, Path]):
+    llm, tower = folders
+    rewrite_tensors(llm, lambda ts: {f"vision_model.{name}": t for name, t in ts.items()})
+    with pytest.raises(WeightsError, match=r"unused \['vision_model\."):
+        import_folders(llm, tower, tmp_path / "ckpt")
+
+
 def without(name: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {n: t for n, t in tensors.items() if n != name}
 
@@ -176,6 +205,7 @@ def test_an_index_names_only_files_of_its_folder(topology: Topology, tmp_path: P
     llm, tower = folders
     index = '{"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}'
     (llm / "model.safetensors.index.json").write_text(index)
+    (llm / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"\.\./elsewhere\.safetensors"):
         import_folders(llm, tower, tmp_path / "ckpt")
 
@@ -191,7 +221,17 @@ def test_another_architecture_is_refused(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("do_normalize", False), ("rescale_factor", 1.0), ("size", {"shortest_edge": 36}), ("resample", 0)],
+    [
+        ("do_normalize", False),
+        ("rescale_factor", 1.0),
+        ("size", {"shortest_edge": 36}),
+        ("resample", 0),
+        ("do_center_crop", True),
+        ("image_std", [0.5, 0.0, 0.5]),
+        ("image_mean", None),
+        ("image_mean", [0.5]),
+        ("image_mean", [0.5, 0.5, "0.5"]),
+    ],
 )
 def test_another_image_preparation_is_refused(
     topology: Topology, tmp_path: Path, folders: tuple[Path, Path], key: str, value: object
@@ -200,6 +240,98 @@ def test_another_image_preparation_is_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(WeightsError, match=key):
         import_folders(*folders, tmp_path / "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("side", "key", "value"),
+    [
+        ("llm", "hidden_size", "64"),
+        ("llm", "hidden_size", 0),
+        ("llm", "num_key_value_heads", 0),
+        ("llm", "num_key_value_heads", 3),
+        ("llm", "num_hidden_layers", None),
+        ("llm", "num_hidden_layers", -1),
+        ("llm", "rms_norm_eps", None),
+        ("tower", "num_hidden_layers", -1),
+        ("tower", "num_attention_heads", 7),
+        ("tower", "num_channels", 1),
+        ("tower", "vision_config", None),
+        ("tower", "feature_layer", 0),
+        ("tower", "feature_layer", -3),
+        ("tower", "feature_layer", "-1"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_by_name(
+    topology: Topology, tmp_path: Path, folders: tuple[Path, Path], side: str, key: str, value: object
+):
+    rewrite_config(tmp_path / side, **{key: value})
+    named = "SiglipVisionConfig" if key == "vision_config" else key
+    with pytest.raises((WeightsError, ConfigError), match=named) as caught:
+        import_folders(*folders, tmp_path / "ckpt")
+    assert "\n" not in str(caught.value) and not (tmp_path / "ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["resampler.num_tokens=0", "resampler.depth=0", "resampler.num_tokens=-4", "encoder.feature_layer=-3"],
+)
+def test_a_connector_that_cannot_be_is_refused(
+    topology: Topology, tmp_path: Path, folders: tuple[Path, Path], override: str
+):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        import_folders(*folders, tmp_path / "ckpt", [f"modality.image.{override}"])
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_double_precision_is_refused(topology: Topology, tmp_path: Path, folders: tuple[Path, Path]):
+    rewrite_tensors(folders[0], lambda ts: {name: t.double() for name, t in ts.items()})
+    with pytest.raises(WeightsError, match="is F64"):
+        import_folders(*folders, tmp_path / "ckpt")
+
+
+def change_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def drop_token(tokenizer: dict[str, Any]) -> None:
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<|image_pad|>"]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("tokenizer.json", drop_token, r"<\|image_pad\|>"),
+        ("tokenizer.json", lambda c: c.clear(), "make no tokenizer"),
+        ("tokenizer_config.json", lambda c: c.update(tokenizer_class="EvilTokenizer"), "EvilTokenizer.*no fast"),
+        ("tokenizer_config.json", lambda c: c.update(tokenizer_class=3), "tokenizer_class 3"),
+        ("config.json", None, "vocab_size 260"),
+    ],
+    ids=["a token of the grammar", "garbage", "code of its own", "class", "ids beyond the embedding"],
+)
+def test_a_tokenizer_that_no_run_can_use_is_refused(
+    topology: Topology, tmp_path: Path, file: str, change: Callable | None, words: str
+):
+    llm, tower = tmp_path / "llm", tmp_path / "tower"
+    write_llm(llm, num_hidden_layers=2, **({} if change else {"vocab_size": 260}))
+    write_tower(tower, num_hidden_layers=2)
+    if change:
+        change_json(llm / file, change)
+    with pytest.raises(WeightsError, match=words) as caught:
+        import_folders(llm, tower, tmp_path / "ckpt")
+    assert str(llm) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "ckpt").exists()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizer_files_of_garbage_are_refused(
+    topology: Topology, tmp_path: Path, folders: tuple[Path, Path], file: str
+):
+    (folders[0] / file).write_bytes(b"\xffgarbage")
+    with pytest.raises(WeightsError, match=file):
+        import_folders(*folders, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
 
 
 @pytest.mark.parametrize("key", ["attention_bias", "use_sliding_window"])

@@ -58,6 +58,69 @@ def test_a_damaged_manifest_is_named(tmp_path: Path):
         layout.read_manifest(folder)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"format_version": 1, "step": 0, "config": {}, "progress": {}, "more": 1}',
+        b'{"format_version": 1, "step": 0, "config": {}}',
+        b'{"format_version": 1, "step": 0, "config": {}, "progress": {}}',
+        b'{"format_version": 1, "step": 0, "config": {"model": null, "modality": {}}, "progress": {}}',
+        b'{"format_version": 1, "step": 0, "config": [], "progress": {}}',
+        b'{"format_version": 1, "step": null, "config": {}, "progress": {}}',
+        b"\xff",
+    ],
+    ids=["extra key", "key missing", "no model", "null model", "config", "step", "bytes"],
+)
+def test_a_manifest_of_another_form_is_refused(tmp_path: Path, text: bytes):
+    folder = complete(tmp_path / "import")
+    (folder / layout.MANIFEST).write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"qwen3_vlm\.json.*use another one"):
+        layout.read_architecture(folder)
+
+
+# History.
+
+
+def trained(exp_dir: Path, step: int, source: Path, part: str) -> Path:
+    """A saved step as the trainer writes it."""
+    folder = layout.step_dir(exp_dir, step)
+    layout.start(folder)
+    layout.copy_processor(layout.latest_step_dir(exp_dir) or source, folder)
+    config = {
+        "train": {"trainable": [part], "global_batch_size": 8, "seq_length": 64},
+        "optim": {"lr": 1},
+        "precision": {"name": "bf16"},
+        "data": {"path": f"/secret/{part}_data"},
+    }
+    layout.write_manifest(folder, layout.Manifest(step=step, config=config, progress={"samples": 10 * step}))
+    layout.mark_latest(exp_dir, step)
+    return folder
+
+
+def test_a_checkpoint_knows_every_training_before_it(tmp_path: Path):
+    """Two saves of a run are one training; an import is none."""
+    imported = complete(tmp_path / "import")
+    (imported / layout.PROCESSOR).mkdir()
+    assert layout.trainings(imported) == []
+    first, second = tmp_path / "first", tmp_path / "second"
+    for step in (5, 10):
+        trained(first, step, imported, "align")
+    last = [trained(second, step, layout.resolve(first), "sft") for step in (3, 6)][-1]
+    found = layout.trainings(last)
+    assert [(one["trained"], one["steps"], one["samples"], one["data"]) for one in found] == [
+        (["align"], 10, 100, "align_data"),
+        (["sft"], 6, 60, "sft_data"),
+    ]
+    assert layout.read_history(last) == found[:1]
+
+
+@pytest.mark.parametrize("text", ["{", "{}x", "[1]", '[{"trained": []}]', "3", '{"a": 1}'])
+def test_a_history_of_another_form_is_refused(tmp_path: Path, text: str):
+    (tmp_path / layout.HISTORY).write_text(text)
+    with pytest.raises(CheckpointError, match=r"history\.json is no history"):
+        layout.read_history(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["nothing", "empty folder", "incomplete checkpoint", "run without a save"])
 def test_what_is_no_checkpoint_is_refused_with_what_would_be_one(tmp_path: Path, kind: str):
     folder = tmp_path / "here"
@@ -84,16 +147,32 @@ def test_a_mark_that_names_no_complete_step_is_refused(tmp_path: Path, name: str
 def test_start_clears_an_interrupted_save_and_nothing_else(tmp_path: Path):
     interrupted = tmp_path / "interrupted"
     layout.start(interrupted)
-    (interrupted / layout.STATE / "half").touch()
+    (interrupted / layout.STATE / "__0_0.distcp").touch()
+    (interrupted / layout.STATE / ".metadata.tmp").touch()
     layout.start(interrupted)
     assert [p.name for p in interrupted.rglob("*")] == [layout.STATE]
 
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").touch()
-    with pytest.raises(CheckpointError, match=r"thesis\.tex"):
-        layout.start(foreign)
-    assert (foreign / "thesis.tex").exists()
+
+@pytest.mark.parametrize("folder", ["", layout.STATE, layout.PROCESSOR, f"{layout.STATE}/more", "other"])
+@pytest.mark.parametrize("replace", [False, True])
+def test_start_removes_nothing_that_is_not_a_checkpoints(tmp_path: Path, folder: str, replace: bool):
+    foreign = tmp_path / "foreign" / folder / "thesis.tex"
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    with pytest.raises(CheckpointError, match=r"not ours \(it holds .*thesis\.tex"):
+        layout.start(tmp_path / "foreign", replace=replace)
+    assert foreign.exists()
+
+
+def test_start_follows_a_link_to_an_empty_folder_and_refuses_a_file(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    layout.start(tmp_path / "out")
+    assert (tmp_path / "disk" / layout.STATE).is_dir()
+    (tmp_path / "file").touch()
+    for out, word in (("file", "is a file"), ("file/out", "Not a directory")):
+        with pytest.raises(CheckpointError, match=word):
+            layout.start(tmp_path / out)
 
 
 def test_a_complete_checkpoint_is_replaced_only_if_asked(tmp_path: Path):

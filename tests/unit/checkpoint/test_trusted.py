@@ -5,12 +5,14 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from qwen3_vlm.checkpoint import compare, sharded, trusted
 from qwen3_vlm.checkpoint.stream import StateReader
@@ -129,6 +131,20 @@ def test_files_elsewhere_are_refused(state: Path, name: str):
         trusted.read_metadata(state)
 
 
+@pytest.mark.parametrize("kind", [BytesStorageMetadata, TensorStorageMetadata])
+def test_transformed_entries_are_refused(topology: Topology, state: Path, kind: type):
+    """torch undoes a transform before it unpickles: the bytes that a check sees are not those that would run."""
+    metadata = pickle.loads((state / ".metadata").read_bytes())
+    index = next(i for i in metadata.storage_data if isinstance(metadata.state_dict_metadata[i.fqn], kind))
+    stored = metadata.storage_data[index]
+    metadata.storage_data[index] = replace(stored, transform_descriptors=["stream.zstd/1"])
+    (state / ".metadata").write_bytes(pickle.dumps(metadata))
+    model = build_vlm(topology, ParallelConfig(), {"image": IMAGE})
+    for read in (trusted.check, StateReader, lambda folder: sharded.load_model(model, folder)):
+        with pytest.raises(CheckpointError, match=rf"\.metadata is not read: .*stream\.zstd/1.*{stored.relative_path}"):
+            read(state)
+
+
 @pytest.mark.parametrize("name", [".metadata", "common.pt", "metadata.json"])
 def test_a_missing_file_is_named(state: Path, name: str):
     (state / name).unlink()
@@ -140,3 +156,13 @@ def test_damage_is_an_error_of_the_checkpoint(state: Path):
     (state / ".metadata").write_bytes((state / ".metadata").read_bytes()[:100])
     with pytest.raises(CheckpointError, match=r"\.metadata is not read"):
         trusted.check(state)
+
+
+def test_missing_and_short_files_are_named_before_anything_is_read(state: Path):
+    file = next(state.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{file.name} is not read: it has \d+ bytes, \.metadata expects \d+"):
+        StateReader(state)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"{file.name} is missing"):
+        StateReader(state)

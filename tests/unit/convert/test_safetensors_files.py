@@ -1,6 +1,7 @@
 """Our plain reads and writes of safetensors against the library's own."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ TENSORS = {
     "a.weight": torch.arange(15, dtype=torch.bfloat16).reshape(5, 3),
     "b.scale": torch.tensor(2.5),
     "c.weight": torch.arange(12, dtype=torch.float32).reshape(2, 3, 2),
-    "d.weight": torch.arange(4, dtype=torch.float64),
+    "d.weight": torch.arange(4, dtype=torch.float32),
     "e.bias": torch.arange(1, 4, dtype=torch.float16),
 }
 
@@ -76,21 +77,53 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path):
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path):
-    for name in ("consolidated", "model"):
+    for name in ("model-1", "model-2"):
         save_file(TENSORS, tmp_path / f"{name}.safetensors")
-    with pytest.raises(WeightsError, match=r"consolidated\.safetensors and in model\.safetensors"):
+    with pytest.raises(WeightsError, match=r"model-1\.safetensors and in model-2\.safetensors"):
         SafetensorsFolder(tmp_path)
 
 
-@pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": 3}'])
-def test_an_index_of_another_form_is_refused(tmp_path: Path, index: str):
-    (tmp_path / INDEX).write_text(index)
+def write_index(folder: Path, file: str, names: Iterable[str] = TENSORS) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+
+
+@pytest.mark.parametrize("second", ["index", "file"])
+def test_two_ways_to_read_the_weights_are_refused(tmp_path: Path, second: str):
+    """transformers takes model.safetensors; the other holds other values under the same or other names."""
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    other = {name: tensor + 1 for name, tensor in TENSORS.items()} if second == "index" else {"f": torch.zeros(2)}
+    save_file(other, tmp_path / "other.safetensors")
+    if second == "index":
+        write_index(tmp_path, "other.safetensors")
+    named = INDEX if second == "index" else "other.safetensors"
+    with pytest.raises(WeightsError, match=rf"holds model\.safetensors and {named}"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_an_index_of_the_one_file_is_no_second_way(tmp_path: Path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    write_index(tmp_path, "model.safetensors")
+    assert SafetensorsFolder(tmp_path).names() == set(TENSORS)
+
+
+@pytest.mark.parametrize("names", [[*TENSORS, "zz"], list(TENSORS)[:-1]], ids=["too many", "too few"])
+def test_an_index_that_its_files_do_not_bear_out_is_refused(tmp_path: Path, names: list[str]):
+    save_file(TENSORS, tmp_path / "part.safetensors")
+    write_index(tmp_path, "part.safetensors", names)
+    with pytest.raises(WeightsError, match=f"disagree on {'zz' if 'zz' in names else list(TENSORS)[-1]}"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', b"\xff"])
+def test_an_index_of_another_form_is_refused(tmp_path: Path, index: str | bytes):
+    (tmp_path / INDEX).write_bytes(index if isinstance(index, bytes) else index.encode())
     with pytest.raises(WeightsError, match=INDEX):
         SafetensorsFolder(tmp_path)
 
 
-def test_quantised_weights_are_refused(tmp_path: Path):
-    save_file({"w": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+@pytest.mark.parametrize(("dtype", "named"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.float64, "F64")])
+def test_dtypes_that_are_none_of_a_weight_are_refused(tmp_path: Path, dtype: torch.dtype, named: str):
+    save_file({"w": torch.zeros(2, dtype=dtype)}, tmp_path / "model.safetensors")
     folder = SafetensorsFolder(tmp_path)
-    with pytest.raises(WeightsError, match="w is F8_E4M3"):
+    with pytest.raises(WeightsError, match=f"w is {named}"):
         folder.read("w")
