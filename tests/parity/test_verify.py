@@ -101,6 +101,7 @@ def test_the_command(folder: Path, tmp_path: Path):
     assert max(difference["largest"] for difference in found["logits"].values()) < TOLERANCE  # logits would not tell
 
 
+@pytest.mark.full
 def test_another_model_fails(folder: Path, tmp_path: Path):
     """As large, with other weights; and the tolerance is the user's."""
     case, hf = folder / "kv8_untied", tmp_path / "hf"
@@ -110,7 +111,9 @@ def test_another_model_fails(folder: Path, tmp_path: Path):
     assert done.returncode == 1 and "differ" in done.stdout and "largest difference" in done.stdout
 
 
-@pytest.mark.parametrize("source", ["hf", "llm", "published"])
+@pytest.mark.parametrize(
+    "source", ["hf", pytest.param("llm", marks=pytest.mark.full), pytest.param("published", marks=pytest.mark.full)]
+)
 def test_no_code_of_the_folder_is_run(folder: Path, tmp_path: Path, source: str):
     """Not even if the one who is asked says yes; files that differ are named and nothing of the folder is loaded."""
     case, hf, proof = folder / "kv8_untied", tmp_path / "hf", tmp_path / "executed"
