@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from qwen3_vlm.parallel.topology import Topology
     from tests.cases import Case
+
+torch.set_num_threads(1)  # as the processes that tests start have: equal bits need equal sums
 
 
 @pytest.fixture(scope="session")
