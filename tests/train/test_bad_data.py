@@ -81,6 +81,7 @@ def test_each_is_counted_by_reason_and_named(checkpoint: Path, bad_data: Path, t
     )
 
 
+@pytest.mark.full
 def test_on_error_raise_stops_at_the_first_and_names_it(checkpoint: Path, bad_data: Path, tmp_path: Path):
     """Also if a worker process found it."""
     run = Run(tmp_path / "run")
@@ -94,6 +95,7 @@ def test_on_error_raise_stops_at_the_first_and_names_it(checkpoint: Path, bad_da
     assert not (run.exp_dir / "checkpoints").exists()
 
 
+@pytest.mark.full
 def test_a_run_in_which_nothing_can_be_learned_says_so(checkpoint: Path, bad_data: Path, tmp_path: Path):
     """It saves (before Adam ever saw a gradient), counts every sample and ends with an error, not with a hang."""
     run = Run(tmp_path / "run")

@@ -29,7 +29,7 @@ LAYOUTS = {
 """What the command line adds; dp follows from the number of processes."""
 MOVES = [("one", "tp2"), ("tp2", "pp2"), ("pp2", "dp2"), ("dp2", "tp2_whole_sequence")]
 """Layout of the save -> layout that goes on; two processes."""
-MOVES_TO_ONE = ["tp2", "pp2", "dp2"]
+MOVES_TO_ONE = ["dp2", "tp2", "pp2"]
 FULL_MOVES = [("one", "dp4"), ("dp4", "tp2_pp2"), ("tp2_pp2", "pp4"), ("pp4", "tp4"), ("tp4", "pp2_dp2")]
 FULL_MOVES += [("pp2_dp2", "tp2_dp2"), ("tp2_dp2", "dp4")]
 """Four processes."""
@@ -139,7 +139,9 @@ def test_a_run_goes_on_at_another_layout(of_two: Path, pair: tuple[str, str]):
     assert_same_run(of_two, "_to_".join(pair))
 
 
-@pytest.mark.parametrize("layout", MOVES_TO_ONE)
+@pytest.mark.parametrize(
+    "layout", [*MOVES_TO_ONE[:1], *(pytest.param(name, marks=pytest.mark.full) for name in MOVES_TO_ONE[1:])]
+)
 def test_a_run_goes_on_in_one_process(of_two: Path, layout: str):
     name = f"{layout}_to_one"
     copy_up_to(Run(of_two / layout), Run(of_two / name), step=SAVED_AT)

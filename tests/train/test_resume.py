@@ -3,6 +3,8 @@
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.train.runs import LR, TWO_EPOCHS, Run, copy_up_to, overrides, train
 
 
@@ -33,6 +35,7 @@ def test_killed_three_times(straight: Run, checkpoint: Path, data: Path, tmp_pat
     assert run.keys == straight.keys
 
 
+@pytest.mark.full
 def test_killed_with_worker_processes(checkpoint: Path, data: Path, tmp_path: Path):
     more = ("train.max_steps=6", "data.num_workers=2")
     whole, run = Run(tmp_path / "whole"), Run(tmp_path / "run")
@@ -82,6 +85,7 @@ def test_a_run_goes_on_with_other_settings(straight: Run, checkpoint: Path, data
     assert [line["lr"] for line in run.metrics][4:] == [line["lr"] for line in straight.metrics][4:]
 
 
+@pytest.mark.full
 def test_betas_of_the_configuration_hold_after_a_resume(straight: Run, checkpoint: Path, data: Path, tmp_path: Path):
     run = Run(tmp_path / "run")
     copy_up_to(straight, run, step=4)
