@@ -22,10 +22,10 @@ def get_logger(name: str) -> logging.Logger:
     root = logging.getLogger(ROOT)
     if not root.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        form = f"%(asctime)s %(levelname)s rank {_rank()} %(name)s: %(message)s"
+        form = f"%(asctime)s %(levelname)s rank {rank_from_env()} %(name)s: %(message)s"
         handler.setFormatter(logging.Formatter(form, datefmt="%H:%M:%S"))
         root.addHandler(handler)
-        root.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
+        root.setLevel(logging.INFO if rank_from_env() == 0 else logging.WARNING)
         root.propagate = False  # Hydra gives the root logger a handler of its own: lines would come twice
     return logging.getLogger(name)
 
@@ -42,9 +42,10 @@ def quiet_libraries() -> None:
 
 def log_rank0(logger: logging.Logger, message: str, level: int = logging.INFO) -> None:
     """Log once for the whole job, whatever the level: for warnings that all ranks would repeat."""
-    if _rank() == 0:
+    if rank_from_env() == 0:
         logger.log(level, message)
 
 
-def _rank() -> int:
+def rank_from_env() -> int:
+    """This process's number, as torchrun announces it (RANK); 0 when started without torchrun."""
     return int(os.environ.get("RANK", "0"))

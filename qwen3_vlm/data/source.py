@@ -4,6 +4,7 @@ Flow: data.path -> energon metadataset -> its leaves, each with energon's own re
 `ChatTaskEncoder`. energon reads a sample by its restore key; here that is the usual way, not the exception.
 """
 
+import bisect
 import contextlib
 import hashlib
 import io
@@ -56,9 +57,10 @@ class SampleSource:
     def __init__(self, path: str, *, split: str, encoder: ChatTaskEncoder):
         self._encoder = encoder
         self._leaves = load_leaves(path, split=split)
-        self.sizes = [_end(leaf) - _start(leaf) for leaf in self._leaves]
+        self._spans = [_span(leaf) for leaf in self._leaves]
+        self.sizes = [len(span) for span in self._spans]
         """Samples of each leaf."""
-        self.repetitions = [float(leaf.repetitions or 1) for leaf in self._leaves]
+        self.repetitions = [_repetitions(leaf) for leaf in self._leaves]
         """How often each leaf comes in a pass."""
         self.fingerprint = _fingerprint(self._leaves)
         """Hash of what defines the samples, wherever their files lie."""
@@ -87,8 +89,8 @@ class SampleSource:
             _ALONE.worker_deactivate()
 
     def _read(self, number: int) -> EncodedSample:
-        leaf = next(i for i, end in enumerate(self._ends) if number < end)
-        index = number - self._ends[leaf] + self.sizes[leaf] + _start(self._leaves[leaf])
+        leaf = bisect.bisect_right(self._ends, number)
+        index = self._spans[leaf][number - self._ends[leaf]]  # counted from the leaf's end
         dataset = self._datasets[leaf]
         return dataset.restore_sample(_restore_key(dataset, index))
 
@@ -171,17 +173,18 @@ def train_samples(path: str) -> int:
     if report is not None:
         return report["train"]
     leaves = load_leaves(path, split="train")
-    return pass_size([_end(leaf) - _start(leaf) for leaf in leaves], [float(leaf.repetitions or 1) for leaf in leaves])
+    return pass_size([len(_span(leaf)) for leaf in leaves], [_repetitions(leaf) for leaf in leaves])
 
 
-def _start(leaf: LoadedDataset) -> int:
+def _span(leaf: LoadedDataset) -> range:
+    """Row numbers of a leaf that belong to the split."""
     subset = getattr(leaf.dataset, "subset", None)
-    return subset.compute_subset(len(leaf.dataset))[0] if subset else 0
+    return range(*subset.compute_subset(len(leaf.dataset))) if subset else range(len(leaf.dataset))
 
 
-def _end(leaf: LoadedDataset) -> int:
-    subset = getattr(leaf.dataset, "subset", None)
-    return subset.compute_subset(len(leaf.dataset))[1] if subset else len(leaf.dataset)
+def _repetitions(leaf: LoadedDataset) -> float:
+    """How often a leaf comes in a pass."""
+    return float(leaf.repetitions or 1)
 
 
 def _keep_lines_raw(factory: Any) -> Any:

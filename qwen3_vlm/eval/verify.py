@@ -30,7 +30,7 @@ from qwen3_vlm.eval.session import Session, open_session
 from qwen3_vlm.hf import folder as hf_folder
 from qwen3_vlm.hf.modeling_qwen3_siglip import Qwen3SiglipForConditionalGeneration
 from qwen3_vlm.hf.processing_qwen3_siglip import Qwen3SiglipImageProcessor, Qwen3SiglipProcessor
-from qwen3_vlm.parallel import topology as topologies
+from qwen3_vlm.logging import rank_from_env
 
 TOLERANCE = 1e-4
 """Largest difference of FP32 logits that is rounding; measured 3e-6 on models with logits of magnitude 3."""
@@ -115,7 +115,7 @@ def verify(*, checkpoint: str, hf: Path, tolerance: float, overrides: Sequence[s
     media = {name: _pictures(name) for name in names}
     expected: dict[str, tuple[list[int], Tensor]] = {}
     compared = Comparison(tensors=0, files=[], misfits=[], values=[])
-    is_first = topologies.rank_from_env() == 0
+    is_first = rank_from_env() == 0
     if is_first:
         compared = compare_folder(checkpoint=Path(checkpoint), folder=hf, part=part)
         if not compared.files and not compared.misfits:

@@ -46,11 +46,6 @@ def world_size_from_env() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def rank_from_env() -> int:
-    """This process's number, as torchrun announces it (RANK); 0 when started without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def initialize(parallel: ParallelConfig, *, seed: int, timeout_s: float = 1800.0) -> Topology:
     """Start torch.distributed and Megatron's groups, and seed every random stream.
 
